@@ -48,6 +48,15 @@ def as_typed(_parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     return Namespace(words=words)
 
 
+def with_format_first(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Parse words with the format of an export in front, also where it was typed behind ``--to``."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--to=") else [word])]
+    if "--to" in words[:-1]:
+        place = words.index("--to")
+        words = [words[place + 1], *words[:place], *words[place + 2 :]]
+    return parser.parse_args(words)
+
+
 #: The commands by name, in the order of the help.
 COMMANDS: dict[str, Command] = {
     command.name: command
@@ -79,7 +88,11 @@ COMMANDS: dict[str, Command] = {
         Command("compare", "what settings score and cost, with intervals, and which are worth their cost"),
         Command("compare-maps", "how far the heatmaps of two runs lie apart, and what that changes"),
         Command("view", "look at a run on its slides, or at two side by side, in a browser on this machine"),
-        Command("export", "a run for reviewers: iMRMC text, case list, calibration, subgroups, repeat.json"),
+        Command(
+            "export",
+            "a run for reviewers and other programs: wsiflow export RUN --to qupath|asap|clam|trident|ome-tiff|...",
+            with_format_first,
+        ),
         Command("subsample", "what a run would score at coarser strides, from its own heatmaps"),
     )
 }

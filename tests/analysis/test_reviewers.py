@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from small_runs import over
 from swept import matches, slide
 
 from flows import cli
@@ -28,14 +26,11 @@ from wsiflow.analysis.reviewers.imrmc import export_imrmc
 from wsiflow.analysis.reviewers.regulatory import _repeat_yaml
 from wsiflow.errors import InputError, IntegrityError
 from wsiflow.evaluation import roc
-from wsiflow.evaluation.detections import read_detections
 from wsiflow.evaluation.matches import read_matches
 from wsiflow.heatmap import files
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 from wsiflow.run.config import RunConfig
-from wsiflow.run.plan import latest_plan
-from wsiflow.slides import slide as slide_files
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -427,33 +422,3 @@ def test_what_was_not_scored_ends_in_one_line(
 
 
 # --- QuPath
-
-
-def test_detections_and_outlines_are_in_qupaths_plane(
-    tiny_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a slide states a scanned area both count from its corner; the files of the run count from level 0."""
-    corner, read_facts = (100, 40), slide_files._facts
-
-    def cropped(*given: Any) -> slide_files.SlideFacts:
-        return dataclasses.replace(read_facts(*given), l0_bounds_corner=corner)
-
-    monkeypatch.setattr(slide_files, "_facts", cropped)
-    run = tmp_path / "run"
-    assert (
-        cli.main(["run", *over(tiny_slides, run, "evaluation.bootstrap=0", "lesions=nms", "lesions.threshold=0")]) == 0
-    )
-    assert cli.main(["export", "qupath", str(run), "--out", str(tmp_path / "qupath")]) == 0
-    features = json.loads((tmp_path / "qupath/a.geojson").read_text())["features"]
-    points = [one["geometry"]["coordinates"] for one in features if one["geometry"]["type"] == "Point"]
-    detections = read_detections(run / "detections/a.csv")
-    assert len(points) > 0
-    assert np.array_equal(np.array(points) + corner, detections[:, 1:])
-    rings = [one["geometry"]["coordinates"][0] for one in features if one["geometry"]["type"] == "Polygon"]
-    tissue = json.loads((run / "tissue/a.geojson").read_text())
-    assert [one for one in features if one["geometry"]["type"] == "Polygon"] == tissue["features"]
-    l0_tissue = (
-        np.argwhere(np.array(Image.open(run / "tissue/a.png")))[:, ::-1]
-        * latest_plan(run).slides[0].overview_downsample
-    )
-    assert np.concatenate(rings).min(axis=0).tolist() == pytest.approx(l0_tissue.min(axis=0) - corner)

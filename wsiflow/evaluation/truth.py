@@ -77,6 +77,22 @@ def planned_marks(planned: SlidePlan, case: Case, params: EvaluationParams) -> M
     return _marks(sized, params, (planned.frame.l0_width_px, planned.frame.l0_height_px))
 
 
+def planned_outlines(planned: SlidePlan, case: Case, params: EvaluationParams) -> TruthOutlines | None:
+    """Read what is drawn on a slide, in level-0 px; None where its truth is a mask image, or it has none.
+
+    Raises:
+        InputError: The file cannot be used, or cannot be placed on the slide.
+    """
+    if case.mask_path is not None or case.annotation_path is None:
+        return None
+    l0_size_px = planned.frame.l0_width_px, planned.frame.l0_height_px
+    try:
+        content.require_file(case.annotation_path, what="truth")
+        return _outlines(case, case.annotation_path, params, l0_size_px, None)
+    except WsiflowError as error:
+        raise error.about(slide=case.slide_id) from error
+
+
 def read_truth(
     case: Case,
     params: EvaluationParams,
@@ -226,12 +242,7 @@ def _drawn(
     l0_size_px: tuple[int, int] | None,
     place: SlidePlace | None,
 ) -> Marks:
-    form, m_um_px = annotations.format_of(path), _m_um_px(case, params)
-    origin = form.origin if params.outline_origin == "auto" else params.outline_origin
-    if place is None:
-        needed = form.needs_slide or origin == "bounds"
-        place = stated(case).place if needed else SlidePlace(l0_size_px, (0, 0))
-    outline = annotations.read_outlines(path, place, origin=origin, groups=params.groups, label=case.label)
+    m_um_px, outline = _m_um_px(case, params), _outlines(case, path, params, l0_size_px, place)
     remarks = annotations.check_on_slide(outline, l0_size_px, path) if l0_size_px is not None else ()
     shape = _shape(outline, params, m_um_px, l0_size_px)
     if math.prod(shape) > _MAX_MASK_PX:
@@ -245,6 +256,17 @@ def _drawn(
     if outline.ignored:
         ignored = annotations.painted(outline.ignored, shape, downsample=params.downsample)
     return Marks(tumour, m_um_px, "; ".join(filter(None, (outline.note, *remarks))), ignored)
+
+
+def _outlines(
+    case: Case, path: Path, params: EvaluationParams, l0_size_px: tuple[int, int] | None, place: SlidePlace | None
+) -> TruthOutlines:
+    form = annotations.format_of(path)
+    origin = form.origin if params.outline_origin == "auto" else params.outline_origin
+    if place is None:
+        needed = form.needs_slide or origin == "bounds"
+        place = stated(case).place if needed else SlidePlace(l0_size_px, (0, 0))
+    return annotations.read_outlines(path, place, origin=origin, groups=params.groups, label=case.label)
 
 
 def files_sha256(*paths: Path | str | None) -> list[str | None]:

@@ -8,14 +8,60 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from wsiflow.errors import InputError
+from wsiflow.plan.geometry import Frame, l0_from_h, l0_from_h_corner
 from wsiflow.slides.pyramid import TILE_PX, UNREADABLE, reduced_levels, unreadable_file, write_gray
+
+
+class Heatmap(NamedTuple):
+    """A heatmap that was read from its file.
+
+    Attributes:
+        values: float32 (rows, cols), probabilities, 0 to 1; NaN where not tissue.
+        description: JSON values that were written with it: ``slide_id``, ``frame``, ``key``, and ``class`` for a map
+            of a further class.
+    """
+
+    values: NDArray[np.float32]
+    description: dict[str, Any]
+
+    @property
+    def frame(self) -> Frame:
+        """The transform between heatmap cells, the pixels that were read and level 0."""
+        return Frame(**self.description["frame"])
+
+    def l0_from_cells(self, rows: ArrayLike, cols: ArrayLike) -> NDArray[np.float64]:
+        """Return where on the slide the scores of cells belong.
+
+        Args:
+            rows: Rows of cells, of any shape.
+            cols: Columns of cells, of the same shape.
+
+        Returns:
+            float64 (..., 2), x and y in level-0 px, from the corner of level 0: centres of cells, or their corners
+            where the run had ``geometry=reference``.
+        """
+        points = np.stack(np.broadcast_arrays(np.asarray(cols, np.float64), np.asarray(rows, np.float64)), axis=-1)
+        return l0_from_h(self.frame, points.reshape(-1, 2)).reshape(points.shape)
+
+    def cells_from_l0(self, points: ArrayLike) -> NDArray[np.int64]:
+        """Return the rows and columns of the cells that hold points of the slide.
+
+        Args:
+            points: x and y in level-0 px, (..., 2), such as detections.
+
+        Returns:
+            int64 (..., 2), rows and columns, which may lie outside of the map.
+        """
+        frame = self.frame
+        begin, side = l0_from_h_corner(frame, 0, 0), frame.stride_px * frame.l0_per_px
+        return np.floor((np.asarray(points, np.float64) - begin) / side).astype(np.int64)[..., ::-1]
 
 
 def write_heatmap(path: Path, heat: NDArray[np.float32], *, um_px: float, description: Mapping[str, Any]) -> None:
@@ -31,7 +77,12 @@ def write_heatmap(path: Path, heat: NDArray[np.float32], *, um_px: float, descri
         description: JSON values on the heatmap (transform, model, classes), stored in the tag ImageDescription.
     """
     text = json.dumps(description, sort_keys=True, allow_nan=False)
-    write_gray(path, reduced_levels(heat.astype(np.float32), _largest_known), um_px=um_px, description=text)
+    write_gray(path, heat_levels(heat), um_px=um_px, description=text)
+
+
+def heat_levels(heat: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Return the levels of a heatmap's pyramid, float32, each half as large: see `write_heatmap`."""
+    return reduced_levels(heat.astype(np.float32), _largest_known)
 
 
 def write_preview(path: Path, heat: NDArray[np.float32], *, um_px: float) -> None:
@@ -47,16 +98,13 @@ def write_preview(path: Path, heat: NDArray[np.float32], *, um_px: float) -> Non
     write_gray(path, reduced_levels(gray, _largest), um_px=um_px, description=text)
 
 
-def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
+def read_heatmap(path: Path | str) -> Heatmap:
     """Read a heatmap that `write_heatmap` wrote.
-
-    Returns:
-        The heatmap, float32 (rows, cols), NaN where not tissue; and its description.
 
     Raises:
         InputError: The file is not a readable float32 heatmap with a JSON description.
     """
-    remedy = "write the heatmap again"
+    path, remedy = Path(path), "write the heatmap again"
     try:
         with tifffile.TiffFile(path) as tiff:
             heat, text = tiff.pages.first.asarray(), tiff.pages.first.description
@@ -66,7 +114,7 @@ def read_heatmap(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
     if heat.ndim != 2 or heat.dtype != np.float32:
         cause = f"the file holds {heat.dtype} of shape {heat.shape}, and float32 of rows x cols is expected"
         raise InputError(cause, remedy, path=path)
-    return heat, description
+    return Heatmap(heat, description)
 
 
 class Preview:

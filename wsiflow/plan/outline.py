@@ -51,7 +51,7 @@ def tissue_geojson(mask: NDArray[np.bool_], *, downsample: float, offset: tuple[
     """
     features = [
         _feature([_l0_ring(ring, downsample, offset) for ring in rings], number)
-        for number, rings in enumerate(_polygons(mask), start=1)
+        for number, rings in enumerate(polygons(mask)[1], start=1)
     ]
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")) + "\n"
 
@@ -118,15 +118,24 @@ def _l0_ring(m_ring: Ring, downsample: float, offset: tuple[float, float]) -> Ri
     return m_ring * downsample + np.asarray(offset, dtype=np.float64)
 
 
-def _polygons(mask: NDArray[np.bool_]) -> list[list[Ring]]:
-    """Return the rings, x, y in mask pixels, of every 4-connected piece in raster order, the outer ring first."""
+def polygons(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], list[list[Ring]]]:
+    """Return the 4-connected pieces of a mask, in raster order, and the outlines of each.
+
+    Args:
+        mask: bool (rows, cols).
+
+    Returns:
+        int32 (rows, cols), the number of the piece that a pixel belongs to, from 1 on, 0 outside; and for each piece
+        its rings along the borders of pixels, float64 (n, 2), x and y in mask pixels, closed by the first point at the
+        end: the outer ring, then the holes.
+    """
     count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     pieces: list[list[Ring]] = [[] for _ in range(count - 1)]
     for inside, loop in _loops(mask):
         ring = np.array([*loop, loop[0]], dtype=np.float64)[:, ::-1]
         pieces[labels[inside] - 1].append(ring)
     # The outer ring of a piece is its only ring with a positive area.
-    return [sorted(rings, key=_signed_area, reverse=True) for rings in pieces]
+    return labels.astype(np.int32), [sorted(rings, key=_signed_area, reverse=True) for rings in pieces]
 
 
 def _signed_area(ring: Ring) -> float:

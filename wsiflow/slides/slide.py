@@ -334,17 +334,19 @@ class Slide:
         return l_begin if self._reader.blends else float(math.floor(l_begin + 0.5))
 
 
-def open_slide(path: Path, *, slide_id: str) -> Slide:
+def open_slide(path: Path | str, *, slide_id: str = "") -> Slide:
     """Open a slide.
 
     Args:
         path: A file in a format that one of the readers reads.
-        slide_id: Id of the slide, for messages.
+        slide_id: Id of the slide, for messages; empty for the name of the file.
 
     Raises:
         InputError: The file is missing, empty, a folder, not a slide, or damaged.
         EnvironmentFault: The OpenSlide library is too old, or the system refuses to read the file.
     """
+    path = Path(path)
+    slide_id = slide_id or path.stem
     content.require_file(path, slide_id)
     try:
         reader = open_file(path)
