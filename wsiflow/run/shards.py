@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import Failure, InputError, IntegrityError
-from wsiflow.run import ledger, trace
+from wsiflow.run import first_pass, ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, costs_of, slices
@@ -103,6 +103,27 @@ def begin(config: RunConfig, note: Note = _log) -> Path:
         note(line, logging.INFO)
     _logger.info("%d slides to test, in %s", len(dataset.cases), config.out)
     return write_cases(config.out, config, dataset.cases)
+
+
+def begin_first_pass(cases: Path) -> Path:
+    """Check the folder and the model of the first pass of a run, and publish its slides and its configuration.
+
+    Args:
+        cases: The ``cases.json`` of the run.
+
+    Returns:
+        The ``cases.json`` of the first pass.
+
+    Raises:
+        InputError: The model of the first pass cannot be used.
+        EnvironmentFault: A folder cannot be written, or its file system lacks an operation.
+    """
+    config, listed = read_cases(cases)
+    first = first_pass.config_of(config, first_pass.folder_of(cases.parent))
+    publish.preflight(first.out)
+    publish.sweep_attempts(first.out)
+    check_model(first)
+    return write_cases(first.out, first, first_pass.without_truth(listed))
 
 
 def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:
@@ -261,7 +282,7 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     # Checking that a slide still has the content of its record needs no worker.
     outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
     for ended in pool.run(work.run_slice, cases, "ingest", cuts):
-        key = ingest.record_key(listed[ended.task], settings, config) if ended.receipt is not None else ""
+        key = ingest.record_key(cases.parent, listed[ended.task], settings, config) if ended.receipt else ""
         outcome = _checked(ended, "ingest", key)
         trace.note(cases.parent, "ingest", listed[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
@@ -292,21 +313,22 @@ def given_up(plan_path: Path, progress: Progress) -> list[Failure]:
     return list(failures_by_slide(read_plan(plan_path), progress.ended).values())
 
 
-def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) -> Progress:
-    """Take the slides of a shard through all stages; a slide for which a task fails is given up.
+def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float, stages: Sequence[str] = ()) -> Progress:
+    """Take the slides of a shard through the stages; a slide for which a task fails is given up.
 
     Args:
         pool: The executor.
         plan_path: The plan.
         shard: Indices of slides.
         slice_s: Core-seconds of a slice.
+        stages: Names of the stages, in order; empty for all.
 
     Returns:
         The state of the shard after the last stage.
     """
     progress = Progress(tuple(shard))
-    for stage in STAGES.values():
-        progress = advance(pool, plan_path, stage, progress, slice_s)
+    for name in stages or STAGES:
+        progress = advance(pool, plan_path, STAGES[name], progress, slice_s)
     name = label(planned_slides(plan_path, shard))
     _logger.info("done %s: %d of %d slides are finished", name, len(progress.slides), len(shard))
     return progress
