@@ -136,7 +136,7 @@ def _line(
         faults = check(cases)
         for fault in (*intake.describe_faults(cases, faults), *intake.describe_shared_truth(cases)):
             note(fault, logging.WARNING)
-        first = _first_pass(config, submit, pool, cases, chosen) if config.inference.cascade.is_on else []
+        first = _first_pass(config, submit, pool, cases, note) if config.inference.cascade.is_on else []
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
@@ -158,16 +158,32 @@ def _line(
 
 
 def _first_pass(
-    config: RunConfig, submit: Submit, pool: Executor, cases: Path, after: StepFuture
+    config: RunConfig, submit: Submit, pool: Executor, cases: Path, note: shards.Note
 ) -> list[shards.Progress]:
     """Take the slides through the first pass of a cascade, and return how its tasks ended.
 
-    All slides go through it before the run is planned: where the run's own pass looks follows from its scores.
+    All slides go through it before the run is planned: where the run's own pass looks follows from its scores. Before
+    that the threshold is chosen where the configuration says ``auto``.
     """
-    first = shards.begin_first_pass(cases)
-    choice = submit(Step(f"{_FIRST}choose engine", stages=["choose"], after=[after]), shards.choose, pool, first)
+    planned = _plan_first(config, submit, pool, shards.begin_first_pass(cases))
+    if config.inference.cascade.threshold == "auto":
+        developed = _plan_first(config, submit, pool, shards.begin_development(cases))
+        if not shards.has_threshold(planned.result(), developed.result()):
+            ended = _predict_first(config, submit, pool, developed)
+            shards.choose_threshold(pool, developed.result(), ended)
+        note(shards.describe_threshold(cases), logging.INFO)
+    return _predict_first(config, submit, pool, planned)
+
+
+def _plan_first(config: RunConfig, submit: Submit, pool: Executor, first: Path) -> StepFuture:
+    """Start the steps that make the plan of a first pass."""
+    choice = submit(Step(f"{_FIRST}choose engine", stages=["choose"]), shards.choose, pool, first)
     choice.result()
-    planned = _plan(config, submit, pool, first, [choice], _FIRST)
+    return _plan(config, submit, pool, first, [choice], _FIRST)
+
+
+def _predict_first(config: RunConfig, submit: Submit, pool: Executor, planned: StepFuture) -> list[shards.Progress]:
+    """Take the slides of a plan through the stages of a first pass, and return how its tasks ended."""
     plan_path = planned.result()
     calibrated = shards.calibrate(pool, plan_path, config.executor.slice_s)
     futures = _predict(config, submit, pool, plan_path, planned, first_pass.STAGES)

@@ -11,29 +11,38 @@ import torch
 from small_models import with_statistics
 from small_runs import attempts, digests, over, wsiflow
 
+from wsiflow.evaluation.froc import LesionMask
+from wsiflow.evaluation.truth import Truth
 from wsiflow.heatmap import files
 from wsiflow.model import save
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.engines import engine
+from wsiflow.plan.geometry import Frame
 from wsiflow.run.plan import latest_plan
 from wsiflow.run.stages import ingest
+from wsiflow.run.stages import threshold as stage
 
 CHEAP = ["inference.cascade.um_px=1", "inference.cascade.stride=56", "inference.cascade.threshold=0.2"]
+
+
+def listed(small_slides: Path, folder: Path, *names: str) -> Path:
+    """Write the manifest of some slides, and return its path."""
+    with small_slides.open(newline="") as stream:
+        rows = {row["slide_id"]: row for row in csv.DictReader(stream)}
+    lines = ["slide_id,path,label,annotation_path"]
+    for name in names:
+        row = rows[name]
+        outline = small_slides.parent / row["annotation_path"] if row["annotation_path"] else ""
+        lines.append(f"{name},{small_slides.parent / row['path']},{row['label']},{outline}")
+    path = folder / f"{'-'.join(names)}.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 @pytest.fixture(scope="module")
 def pair(small_slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of a slide with lesions, of which the first pass passes over most, and of a normal slide."""
-    with small_slides.open(newline="") as stream:
-        rows = {row["slide_id"]: row for row in csv.DictReader(stream)}
-    path = tmp_path_factory.mktemp("pair") / "manifest.csv"
-    lines = ["slide_id,path,label,annotation_path"]
-    for name in ("tumor_001", "normal_001"):
-        row = rows[name]
-        outline = small_slides.parent / row["annotation_path"] if row["annotation_path"] else ""
-        lines.append(f"{name},{small_slides.parent / row['path']},{row['label']},{outline}")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return listed(small_slides, tmp_path_factory.mktemp("pair"), "tumor_001", "normal_001")
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +200,43 @@ def test_trials_that_differ_in_the_threshold_share_the_first_pass(pair: Path, tm
     assert costs[1] > 0.5 * costs[0]
     passed = [summary(out)["cascade.passed_over"] for out in trials]
     assert passed[0] < passed[1]
+
+
+def test_a_threshold_is_chosen_on_other_slides_once(
+    small_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps the lesion of the development slide; another run finds it by the hash of the slides, and scores none."""
+    monkeypatch.setenv("WSIFLOW_CACHE", str(tmp_path / "cache"))
+    tested, other = (listed(small_slides, tmp_path, name) for name in ("normal_002", "tumor_001"))
+    auto = [*CHEAP, "inference.cascade.threshold=auto", f"inference.cascade.development={other}"]
+    assert wsiflow(*over(tested, tmp_path / "a", *auto)) == 0
+    assert "keeps 1 of 1 lesions on 1 development slides" in capsys.readouterr().out
+    threshold = json.loads((tmp_path / "a/development/threshold.json").read_text())["threshold"]
+    assert latest_plan(tmp_path / "a").settings.cascade.threshold == threshold
+    heat, _ = files.read_heatmap(tmp_path / "a/development/heatmaps/tumor_001.tif")
+    assert 0 < threshold <= np.nanmax(heat)
+    assert wsiflow(*over(tested, tmp_path / "b", *auto)) == 0
+    assert not (tmp_path / "b/development/predictions").exists()
+    assert digests(tmp_path / "b/first") == digests(tmp_path / "a/first")
+    assert wsiflow(*over(other, tmp_path / "c", *auto)) == 20
+    assert "the threshold of the first pass would be chosen on a slide under test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sensitivity", "threshold"), [(1.0, 0.1), (0.76, 0.1), (0.75, 0.3), (0.5, 0.5), (0.01, 0.9)])
+def test_a_threshold_keeps_the_wanted_share(sensitivity: float, threshold: float) -> None:
+    """At least that share of the lesions reaches it, and no higher one of their scores does so."""
+    assert stage.threshold_that_keeps([0.5, 0.1, 0.9, 0.3], sensitivity) == threshold
+    assert stage.threshold_that_keeps([], sensitivity) is None
+
+
+def test_the_score_of_a_lesion_is_the_highest_on_it() -> None:
+    """Isolated tumour cells and lesions without a score are left out; regions count where tumour was annotated."""
+    frame = Frame("centred", 4096, 4096, 4.0, 1.0, 224, 224, 32, 112, 1, 1, 0, 0, 5, 5)
+    heat = np.arange(35 * 35, dtype=np.float32).reshape(35, 35) / 2000
+    heat[20:] = np.nan
+    labels = np.zeros((128, 128), np.int32)  # of 32 level-0 px: four of them make a side of a cell of 128
+    labels[2, 3], labels[8:12, 8:13], labels[40, 40], labels[100, 100] = 1, 2, 3, 4
+    tumour = labels > 0
+    tumour[8:12, 12] = False
+    truth = Truth(LesionMask(labels, frozenset({3}), np.ones(4)), "", tumour=tumour)
+    assert stage.highest_scores(heat, frame, truth, downsample=32) == [heat[0, 0], heat[2, 2]]

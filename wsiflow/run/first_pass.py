@@ -22,10 +22,16 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import latest_plan
 from wsiflow.run.settings import Cascade
 from wsiflow.slides.manifest import Case
-from wsiflow.system import publish
+from wsiflow.system import faults, publish
 
 FOLDER = "first"
 """Folder of the first pass over the run's slides, in the run's folder."""
+
+DEVELOPMENT = "development"
+"""Folder of the first pass over other slides, on which the threshold is chosen, in the run's folder."""
+
+THRESHOLD = "threshold.json"
+"""Name of the file of the chosen threshold, in that folder."""
 
 #: Names of the stages of the line that a first pass goes through.
 STAGES = ("stain", "predict", "stitch")
@@ -37,8 +43,8 @@ def folder_of(root: Path) -> Path:
 
 
 def is_first_pass(root: Path) -> bool:
-    """Tell whether a folder is that of the first pass of a run."""
-    return root.name == FOLDER and bool(publish.generations(root.parent, "cases.json"))
+    """Tell whether a folder is that of a first pass, in the folder of a run."""
+    return root.name in {FOLDER, DEVELOPMENT} and bool(publish.generations(root.parent, "cases.json"))
 
 
 def config_of(config: RunConfig, out: Path) -> RunConfig:
@@ -84,19 +90,30 @@ def settings_of(root: Path, config: RunConfig) -> Cascade | None:
     if not cascade.is_on or is_first_pass(root):
         return None
     first = latest_plan(folder_of(root)).settings
+    threshold, development = cascade.threshold, ()
+    if threshold == "auto":
+        record = chosen_threshold(root)
+        threshold, development = record["threshold"], record["development"]
     return Cascade(
-        threshold=threshold_of(root, config),
+        threshold=threshold,
         margin_um=cascade.margin_um,
         first=publish.key_of(cut=first.of_tiles, predict=first.of_scores),
+        development=development,
     )
 
 
-def threshold_of(root: Path, config: RunConfig) -> float:
-    """Return the score of the first pass from which on the run's own pass looks at a place."""
-    threshold = config.inference.cascade.threshold
-    if not isinstance(threshold, float):
-        raise InputError("the threshold of the first pass was not chosen", "run again", path=root)
-    return threshold
+def chosen_threshold(root: Path) -> dict[str, Any]:
+    """Return the record of the threshold that was chosen on development slides.
+
+    Raises:
+        InputError: It was not chosen.
+    """
+    path = root / DEVELOPMENT / THRESHOLD
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise faults.unreadable(error, "the threshold of the first pass", "run again", path=path) from error
+    return record
 
 
 def heatmap_receipt(root: Path, slide_id: str) -> publish.Receipt:

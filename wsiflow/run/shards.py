@@ -17,14 +17,14 @@ from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, costs_of, slices
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.plan import Plan, read_plan
-from wsiflow.run.stages import advice, certificates, certify, extract, ingest, stain, work
+from wsiflow.run.stages import advice, certificates, certify, extract, ingest, stain, threshold, work
 from wsiflow.run.stages.calibrate import calibration_slides
 from wsiflow.run.stages.choose import choice_key, describe_choice, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides, source_of
-from wsiflow.slides.manifest import find_dataset
+from wsiflow.slides.manifest import Case, find_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish
@@ -119,11 +119,68 @@ def begin_first_pass(cases: Path) -> Path:
         EnvironmentFault: A folder cannot be written, or its file system lacks an operation.
     """
     config, listed = read_cases(cases)
-    first = first_pass.config_of(config, first_pass.folder_of(cases.parent))
+    return _begin_first(
+        first_pass.config_of(config, first_pass.folder_of(cases.parent)), first_pass.without_truth(listed)
+    )
+
+
+def begin_development(cases: Path) -> Path:
+    """Check and publish the development slides of a cascade likewise, with their truth; return their ``cases.json``.
+
+    Raises:
+        InputError: The manifest or the model of the first pass cannot be used.
+        EnvironmentFault: A folder cannot be written, or its file system lacks an operation.
+    """
+    config, _ = read_cases(cases)
+    named = ManifestSlides(kind="manifest", manifest=config.inference.cascade.development, limit=None)
+    listed = find_dataset(named).cases
+    return _begin_first(first_pass.config_of(config, cases.parent / first_pass.DEVELOPMENT), listed)
+
+
+def _begin_first(first: RunConfig, listed: Sequence[Case]) -> Path:
     publish.preflight(first.out)
     publish.sweep_attempts(first.out)
     check_model(first)
-    return write_cases(first.out, first, first_pass.without_truth(listed))
+    return write_cases(first.out, first, listed)
+
+
+def has_threshold(first: Path, development: Path) -> bool:
+    """Tell whether the threshold of a cascade was chosen already, for this run or on the same slides for another.
+
+    Args:
+        first: The plan of the first pass over the slides under test.
+        development: The plan of that over the development slides.
+
+    Raises:
+        InputError: A development slide is under test, or cannot be used.
+    """
+    threshold.require_other_slides(read_plan(first), read_plan(development))
+    return threshold.is_chosen(development)
+
+
+def choose_threshold(pool: Executor, development: Path, ended: Sequence[Progress]) -> None:
+    """Choose the threshold of a cascade in a worker, from the scores of the development slides.
+
+    Args:
+        pool: The executor.
+        development: The plan of the first pass over the development slides.
+        ended: How its tasks ended.
+
+    Raises:
+        WsiflowError: A development slide has no scores, or there is no lesion on these slides.
+    """
+    plan = read_plan(development)
+    failures = failures_by_slide(plan, (item for one in ended for item in one.ended))
+    for failure in failures.values():
+        raise failure.error()
+    once(pool, development, "threshold", threshold.key_of(development.parent, plan))
+
+
+def describe_threshold(cases: Path) -> str:
+    """Return how the threshold of a cascade was chosen."""
+    record = first_pass.chosen_threshold(cases.parent)
+    kept = f"{record['kept']} of {record['lesions']} lesions on {len(record['development'])} development slides"
+    return f"cascade    threshold {record['threshold']:.3g} keeps {kept}"
 
 
 def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:

@@ -24,14 +24,13 @@ from wsiflow.plan.blocks import size_px, window_corners_px
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.stages import certificates, passed_over, predict, strata
+from wsiflow.run.stages import certificates, ingest, passed_over, predict, strata
 from wsiflow.run.stages.certificates import Certificate
 from wsiflow.run.stages.network import check_numeric_class, fresh_scorer, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import published, read_scores
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, class_stems, make_room
-from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts
 from wsiflow.system.usage import untimed
@@ -139,15 +138,8 @@ def _truth(plan: Plan, planned: SlidePlan) -> tuple[Truth | None, bool]:
 
     Truth that cannot be read is not known here: it fails the slide when the slide is scored.
     """
-    case = Case(
-        planned.slide_id,
-        Path(planned.path),
-        label=planned.label,
-        annotation_path=Path(planned.annotation_path) if planned.annotation_path else None,
-        mask_path=Path(planned.mask_path) if planned.mask_path else None,
-    )
     try:
-        truth = planned_truth(planned, case, plan.settings.evaluation)
+        truth = planned_truth(planned, ingest.case_of(planned), plan.settings.evaluation)
     except WsiflowError:
         return None, False
     return truth, truth is not None or planned.label == 0

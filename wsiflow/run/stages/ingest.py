@@ -485,6 +485,17 @@ def _follows(plan: Plan, source: Path) -> bool:
     return same and {one.slide_id for one in plan.slides} <= {case.slide_id for case in cases}
 
 
+def case_of(planned: SlidePlan) -> Case:
+    """Return a planned slide as a case: its path, its label and its truth."""
+    return Case(
+        planned.slide_id,
+        Path(planned.path),
+        label=planned.label,
+        annotation_path=Path(planned.annotation_path) if planned.annotation_path else None,
+        mask_path=Path(planned.mask_path) if planned.mask_path else None,
+    )
+
+
 def _slide_plan(case: Case, record: Mapping[str, Any]) -> SlidePlan:
     return SlidePlan(
         slide_id=case.slide_id,
