@@ -66,6 +66,8 @@ def _note_shared_cores(params: ExecutorParams, cores: int) -> None:
     if starts_all_workers(params) and worker_count(params, cores=cores) * params.threads > cores:
         text = f"executor.workers={params.workers} of executor.threads={params.threads} share {cores} cores, "
         logs.note(f"{text}which are all that this process may use", logging.WARNING)
+
+
 def _needs(root: Path) -> Sequence[Path]:
     """Return what every node has to see besides the run's folder; nothing where its slides are not listed yet."""
     path = ingest.newest_cases(root)

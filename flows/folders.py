@@ -12,7 +12,7 @@ from wsiflow.slides.kinds import FLAT
 
 # Sections that decide the results of a run; others (executor, tracking, store) may change from start to start.
 _DECISIVE_SECTIONS = ("dataset", "model", "geometry", "tissue", "tiles", "inference", "stain", "lesions", "evaluation")
-_PATH_KEYS = ("manifest", "folder", "path", "data", "card", "calibration")
+_PATH_KEYS = ("manifest", "folder", "path", "data", "card", "calibration", "model", "development")
 
 
 def default_name(values: Mapping[str, Any]) -> str:
@@ -33,6 +33,9 @@ def default_name(values: Mapping[str, Any]) -> str:
         del decisive["inference"]["stride_alone"]  # so that folders keep the names that earlier versions gave
     if decisive["inference"].get("calibration") is None:  # likewise
         decisive["inference"].pop("calibration", None)
+    cascade = decisive["inference"].pop("cascade", None) or {}
+    if cascade.get("threshold") is not None:
+        decisive["inference"]["cascade"] = _normal(cascade)
     decisive["dataset"] = {**FLAT, **decisive["dataset"]}  # so that folders keep the names that earlier versions gave
     if decisive["dataset"].get("mpp") is None:  # likewise
         decisive["dataset"].pop("mpp", None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from wsiflow.errors import Failure
-from wsiflow.run import intake, shards
+from wsiflow.run import first_pass, intake, shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import driver
 from wsiflow.run.executor.params import ExecutorParams, cores_here
@@ -24,6 +24,8 @@ from wsiflow.system.machine import allocated_cores
 
 from . import logs, progress
 from .cluster import workers
+
+_FIRST = "first pass: "  # before the names of steps
 
 Check = Callable[[Path], Mapping[str, Failure]]
 """``check(cases)`` returns what is wrong with the slides of a run by slide id, see `intake.find_faults`."""
@@ -135,6 +137,7 @@ def _line(
         faults = check(cases)
         for fault in (*intake.describe_faults(cases, faults), *intake.describe_shared_truth(cases)):
             note(fault, logging.WARNING)
+        first = _first_pass(config, submit, pool, cases, note) if config.inference.cascade.is_on else []
         planned = _plan(config, submit, pool, cases, [chosen])
         plan_path = planned.result()
         finish.set_aside(plan_path)
@@ -145,36 +148,76 @@ def _line(
         if slice_s:
             shards.measure_costs(pool, plan_path)
         calibrated = shards.calibrate(pool, plan_path, slice_s)
-        futures = _predict(config, submit, pool, plan_path, [planned])
+        futures = _predict(config, submit, pool, plan_path, planned)
         ended = [calibrated, *(future.result() for future in futures)]
         for advice in shards.advise(pool, plan_path):
             note(advice, logging.WARNING)
     summary: finish.Summary = submit(
-        Step("score", after=futures), finish.finish, config, plan_path, ended, clock
+        Step("score", after=futures), finish.finish, config, plan_path, ended, clock, first
     ).result()
     return summary
 
 
-def _plan(config: RunConfig, submit: Submit, pool: Executor, cases: Path, after: Sequence[StepFuture]) -> StepFuture:
+def _first_pass(
+    config: RunConfig, submit: Submit, pool: Executor, cases: Path, note: shards.Note
+) -> list[shards.Progress]:
+    """Take the slides through the first pass of a cascade, and return how its tasks ended.
+
+    All slides go through it before the run is planned: where the run's own pass looks follows from its scores. Before
+    that the threshold is chosen where the configuration says ``auto``.
+    """
+    planned = _plan_first(config, submit, pool, shards.begin_first_pass(cases))
+    if config.inference.cascade.threshold == "auto":
+        developed = _plan_first(config, submit, pool, shards.begin_development(cases))
+        if not shards.has_threshold(planned.result(), developed.result()):
+            ended = _predict_first(config, submit, pool, developed)
+            shards.choose_threshold(pool, developed.result(), ended)
+        note(shards.describe_threshold(cases), logging.INFO)
+    return _predict_first(config, submit, pool, planned)
+
+
+def _plan_first(config: RunConfig, submit: Submit, pool: Executor, first: Path) -> StepFuture:
+    """Start the steps that make the plan of a first pass."""
+    choice = submit(Step(f"{_FIRST}choose engine", stages=["choose"]), shards.choose, pool, first)
+    choice.result()
+    return _plan(config, submit, pool, first, [choice], _FIRST)
+
+
+def _predict_first(config: RunConfig, submit: Submit, pool: Executor, planned: StepFuture) -> list[shards.Progress]:
+    """Take the slides of a plan through the stages of a first pass, and return how its tasks ended."""
+    plan_path = planned.result()
+    calibrated = shards.calibrate(pool, plan_path, config.executor.slice_s)
+    futures = _predict(config, submit, pool, plan_path, planned, first_pass.STAGES)
+    return [calibrated, *(future.result() for future in futures)]
+
+
+def _plan(
+    config: RunConfig, submit: Submit, pool: Executor, cases: Path, after: Sequence[StepFuture], which: str = ""
+) -> StepFuture:
     """Start the steps that ingest the shards, wait for them, and start the one that makes the plan."""
     futures = []
     for part in shards.cut(shards.case_sizes(cases), config.shard_slides):
         slides, failures = shards.listed_slides(cases, part), partial(shards.rejections, cases)
-        step = Step("ingest", slides, ["ingest"], after, failures)
+        step = Step(f"{which}ingest", slides, ["ingest"], after, failures)
         futures.append(submit(step, shards.ingest_shard, pool, cases, part))
     outcomes = [outcome for future in futures for outcome in future.result()]
-    return submit(Step("plan", after=futures), ingest.make_plan, cases, outcomes)
+    return submit(Step(f"{which}plan", after=futures), ingest.make_plan, cases, outcomes)
 
 
 def _predict(
-    config: RunConfig, submit: Submit, pool: Executor, plan_path: Path, after: Sequence[StepFuture]
+    config: RunConfig,
+    submit: Submit,
+    pool: Executor,
+    plan_path: Path,
+    planned: StepFuture,
+    stages: Sequence[str] = (),
 ) -> list[StepFuture]:
-    """Start the steps that take the shards from pixels to detections."""
-    futures = []
+    """Start the steps that take the shards from pixels to detections; ``stages`` are those of a first pass."""
+    futures, which = [], _FIRST if stages else ""
     for part in shards.cut(shards.slide_sizes(plan_path), config.shard_slides):
         slides, failures = shards.planned_slides(plan_path, part), partial(shards.given_up, plan_path)
-        step = Step("predict", slides, list(STAGES), after, failures)
-        futures.append(submit(step, shards.line, pool, plan_path, part, config.executor.slice_s))
+        step = Step(f"{which}predict", slides, list(stages or STAGES), [planned], failures)
+        futures.append(submit(step, shards.line, pool, plan_path, part, config.executor.slice_s, stages))
     return futures
 
 

@@ -63,6 +63,9 @@ def main(arguments: Namespace) -> int:
     """Plan a run, and print what it will take."""
     quieten()
     config = compose_config([*arguments.overrides, *(["dataset=demo"] if arguments.tiles else [])])
+    if config.inference.cascade.is_on:
+        cause = "what a cascade looks at is known only after its first pass"
+        raise InputError(cause, "plan without inference.cascade.threshold, which gives the most that it can take")
     if arguments.tiles:
         if arguments.calibrate:
             raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")

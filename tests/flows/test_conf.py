@@ -70,6 +70,11 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     common = ["out=o", "share=s", "model=card", "model.card=c.json", "tracking.uri=sqlite:///x/../t.db"]
     common += ["lesions.second=l", "lesions.gate=0.5", "lesions.slide_scores=l.csv"]
+    common += [
+        "inference.cascade.threshold=auto",
+        "inference.cascade.model=k.json",
+        "inference.cascade.development=v.csv",
+    ]
     slides = {"manifest": ["manifest"], "folder": ["folder"], "single": ["path"], "synthetic": ["folder", "data"]}
     configs = [
         composed(*common, f"dataset={kind}", *(f"dataset.{name}=d/{name}" for name in names))
@@ -77,9 +82,11 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     config, published = configs[0], configs[0].model_dump_json()
     settings = [config.out, config.share, config.model.card, config.lesions.second, config.lesions.slide_scores]
+    settings += [config.inference.cascade.model, config.inference.cascade.development]
     settings += [one for each in configs for _, one in each.dataset]
     paths = [path.relative_to(tmp_path).as_posix() for path in settings if isinstance(path, Path)]
-    assert paths == ["o", "s", "c.json", "l", "l.csv", "d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
+    slides_given = ["d/manifest", "d/folder", "d/path", "d/folder", "d/data"]
+    assert paths == ["o", "s", "c.json", "l", "l.csv", "k.json", "v.csv", *slides_given]
     assert config.tracking.uri == f"sqlite:///{tmp_path}/t.db"
     dask = composed("out=o", "executor=dask_slurm").executor.dask
     assert dask is not None
@@ -88,7 +95,8 @@ def test_every_path_begins_at_the_root(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir("/")
     assert RunConfig.model_validate_json(published) == config
     assert {name for name, node in _nodes(RunConfig.model_json_schema()) if node.get("format") == "path"} == {
-        *("out", "share", "card", "manifest", "folder", "path", "data", "second", "slide_scores", "calibration")
+        *("out", "share", "card", "manifest", "folder", "path", "data", "second", "slide_scores", "calibration"),
+        *("model", "development"),
     }, "a new path is added to this test"
 
 

@@ -7,6 +7,7 @@ import pytest
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.run.results import certified
 from wsiflow.run.stages.certificates import Certificate
+from wsiflow.run.stages.passed_over import PassedOver
 
 PLAN = SimpleNamespace(
     settings=SimpleNamespace(
@@ -80,6 +81,26 @@ def test_lesions_that_fp32_finds_are_a_loss() -> None:
     found = certified.froc_difference(PLAN, read, record(*TUMOUR, *NORMAL), seed=1)
     assert found["certificate.froc_difference"] == pytest.approx(-4 / 12, abs=0.05)
     assert found["certificate.froc_difference_ci_low"] < found["certificate.froc_difference"]
+
+
+def test_lesions_that_a_first_pass_passes_over_are_a_loss() -> None:
+    """Windows in four of twelve lesions exceed the threshold; those elsewhere count for nothing."""
+    about = {
+        "cells": 90,
+        "scored": 10,
+        "above": 0,
+        "inside": 0,
+        "first": [0.1, 0.1],
+        "weight": [45.0] * 2,
+        "part": [0, 0],
+    }
+    passed = PassedOver(**about, expected=[0.8, 0.9], region=[2, 0])
+    read = {one.slide_id: SAME._replace(passed=passed) if k < 4 else SAME for k, one in enumerate(TUMOUR)}
+    found = certified.froc_difference(PLAN, read, record(*TUMOUR, *NORMAL), seed=1)
+    assert found["certificate.froc_difference"] == pytest.approx(-4 / 12, abs=0.05)
+    metrics = certified._of_first_pass(PLAN, [one for one in read.values() if one.passed])
+    assert (metrics["cascade.lesions_lost"], metrics["cascade.passed_over"]) == (4, 0.9)
+    assert "90.0% of the tissue passed over" in certified.cascade_sentence(metrics, 0.5)
 
 
 def test_a_detection_that_fp32_does_not_confirm_is_gone() -> None:

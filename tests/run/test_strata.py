@@ -10,8 +10,9 @@ from wsiflow.model.certificate import score_deviation
 from wsiflow.model.choice import Choice
 from wsiflow.plan.blocks import BlockLimits, blocks, window_corners_px
 from wsiflow.plan.geometry import Frame, h_from_t
-from wsiflow.run.stages import certificates, strata
+from wsiflow.run.stages import certificates, passed_over, strata
 from wsiflow.run.stages.certificates import Certificate
+from wsiflow.run.stages.passed_over import PassedOver
 
 FRAME = Frame("centred", 9000, 9000, 1.0, 0.243, 224, 224, 56, 112, 4, 6, 0, 0, 40, 40)
 BLOCKS = blocks(np.ones((40, 40), np.bool_), BlockLimits(224, 112, 4, 6))
@@ -168,3 +169,63 @@ def test_means_are_those_of_the_slide_and_bounds_hold(off: np.ndarray) -> None:
             held[-1] = found.beyond_max_at_most >= float((off > 0.02).mean())
     assert np.mean(means) == pytest.approx(truth, abs=3 * np.std(means) / len(SEEDS) ** 0.5)
     assert np.mean(held) >= 0.95
+
+
+def passed_over_lesion(exact: np.ndarray, marked: np.ndarray | None, seed: str, first: float = 0.02) -> PassedOver:
+    """Return the certificate of a slide of which a first pass passes over everything but a corner."""
+    passed = np.ones(FRAME.h_shape, np.bool_)
+    passed[:4, :4] = False
+    low = np.full(FRAME.h_shape, first, np.float32)
+    drawn = strata.draw_passed_over(passed, low, marked, seed=seed, count=200)
+    weight, part, _ = (each.tolist() for each in drawn.weighing)
+    inside = {"above": 0, "inside": 0, "cells": int(passed.sum()), "scored": 16}
+    expected = exact[tuple(drawn.cells.T)].tolist()
+    return PassedOver(**inside, first=[], expected=expected, region=drawn.region.tolist(), weight=weight, part=part)
+
+
+def test_what_is_passed_over_is_estimated_by_weighted_windows() -> None:
+    """Weights add up to all cells; the share above the threshold is unbiased, and its bound holds in 90 % and more."""
+    heat = (np.random.default_rng(1).random(FRAME.h_shape) * 0.6).astype(np.float32)
+    truth, shares, held = (heat > 0.5).mean(), [], 0
+    for seed in SEEDS:
+        one = passed_over_lesion(heat, regions(), seed)
+        assert sum(one.weight) == pytest.approx(one.cells)
+        assert one.region.count(1) == 12
+        found = passed_over.estimate([one], 0.5)
+        shares.append(found.share)
+        held += found.share_at_most >= truth
+    assert np.mean(shares) == pytest.approx(truth, abs=0.01)
+    assert held >= 0.9 * len(SEEDS)
+    pooled = passed_over.estimate([passed_over_lesion(heat, None, seed) for seed in SEEDS], 0.5)
+    assert truth < pooled.share_at_most < truth + 0.02
+    assert pooled.missed == 1.0
+
+
+def test_half_of_the_other_windows_are_where_the_first_pass_scores_highest() -> None:
+    """A tenth of the cells has half of the windows; where there are few cells, all are drawn, and no bound is above."""
+    rng = np.random.default_rng(2)
+    first = rng.random(FRAME.h_shape).astype(np.float32)
+    drawn = strata.draw_passed_over(np.ones(FRAME.h_shape, np.bool_), first, None, seed=SEEDS[3], count=100)
+    highest = first[tuple(drawn.cells.T)] > np.quantile(first, 0.9)
+    assert (highest.sum(), len(highest)) == (50, 100)
+    few = np.zeros(FRAME.h_shape, np.bool_)
+    few[0, :30] = True
+    assert len(strata.draw_passed_over(few, first, None, seed=SEEDS[3], count=100).cells) == 30
+    assert not len(strata.draw_passed_over(~few & few, first, None, seed=SEEDS[3], count=100).cells)
+
+
+def test_a_lesion_that_is_passed_over_is_lost() -> None:
+    """Truth decides where it is known, else shares; isolated tumour cells and false positives are no loss."""
+    limits = {"threshold": 0.5, "tolerance": 0.02}
+    one = passed_over_lesion(scores_of(3), regions(), SEEDS[0])
+    assert passed_over.lost_lesions(one, {}, [], 0.5) == [1]
+    assert passed_over.lost_lesions(one, {"1": 0.9}, [], 0.5) == []
+    assert passed_over.lost_lesions(one, {}, [1], 0.5) == []
+    (lost, most) = passed_over.excess(one, is_known=True, lost=1, **limits)
+    assert lost.startswith("a lesion is lost")
+    assert most == "100% of all scores above 0.5 in annotated lesions would be there, allowed 50%"
+    false = scores_of(4) * 0.0 + (np.arange(160) < 20).astype(np.float32)  # an eighth of the slide
+    known, unknown = (passed_over_lesion(false, marked, SEEDS[1]) for marked in (regions(), None))
+    assert passed_over.excess(known, is_known=True, lost=0, **limits) == []
+    share, _ = passed_over.excess(unknown, is_known=False, lost=0, **limits)
+    assert share.endswith("of it would score above 0.5, allowed 0.02")

@@ -80,6 +80,8 @@ def _require_same_windows(run: ScoredRun, stride: int) -> None:
     """
     choice = run.plan.settings.choice
     reason = "not every window was run (inference.refine)" if choice.refine else reason_scores_differ(choice, choice)
+    if run.plan.settings.cascade is not None:
+        reason = "tissue was passed over (inference.cascade)"
     if run.config.lesions.second is not None or run.config.lesions.gate is not None:
         reason = "its detections depend on more than its own maps (lesions.second, lesions.gate)"
     if run.config.tiles.tile_px % stride:

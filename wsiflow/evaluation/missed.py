@@ -19,6 +19,7 @@ from wsiflow.heatmap.lesions import LesionParams
 from wsiflow.plan import geometry
 from wsiflow.plan.geometry import Frame
 
+_UNSEEN = "not looked at"
 _Value = TypeVar("_Value", bound=np.generic)
 
 
@@ -33,6 +34,7 @@ class View(NamedTuple):
         read_second: Returns the map of another model, see `LesionParams.second`; None where there is none.
         read_score: Returns the slide's score, where it has to pass a gate.
         cells: bool (n, m, m), which heatmap cells of each of these tiles were looked at, row by row; None for all.
+        passed_over: bool (n, m, m), which of the others the first pass of a cascade has looked at; None without one.
     """
 
     frame: Frame
@@ -42,6 +44,7 @@ class View(NamedTuple):
     read_second: Callable[[], NDArray[np.float32] | None] = lambda: None
     read_score: Callable[[], float] = lambda: 1.0
     cells: NDArray[np.bool_] | None = None
+    passed_over: NDArray[np.bool_] | None = None
 
 
 class LookedAt(NamedTuple):
@@ -81,12 +84,16 @@ def look_back(
     """
     labels = regions.labels if annotated is None else np.where(annotated, regions.labels, 0)
     rows, cols = np.nonzero(labels)
-    seen = is_looked_at(view, _centres(rows, cols, downsample))
+    centres = _centres(rows, cols, downsample)
+    seen = is_looked_at(view, centres)
     own = labels[rows, cols]
+    passed = set[int]()
+    if view.passed_over is not None:
+        passed.update(own[is_looked_at(view._replace(cells=view.passed_over), centres)].tolist())
     parts = np.bincount(own[seen], minlength=regions.n_regions + 1)
     counted = [k for k in range(1, regions.n_regions + 1) if k not in regions.itc]
     missed = [k for k in counted if best[k - 1] == -np.inf]
-    reasons = {k: "not looked at" for k in missed if not parts[k]}
+    reasons = {k: "passed over by the first pass" if k in passed else _UNSEEN for k in missed if not parts[k]}
     left = [k for k in missed if parts[k]]
     return LookedAt(
         n_lesions=len(counted),
@@ -160,7 +167,7 @@ def _reason(
     """
     scored = scores[~np.isnan(scores)]
     if not scored.size:  # the tile was looked at, but the part of it that the lesion has lies beyond the slide
-        return "not looked at"
+        return _UNSEEN
     most = float(scored.max())
     if most <= threshold:
         return f"below the threshold (at most {most:.3f} of {threshold:g})"

@@ -98,6 +98,35 @@ def write_preview(path: Path, heat: NDArray[np.float32], *, um_px: float) -> Non
     write_gray(path, reduced_levels(gray, _largest), um_px=um_px, description=text)
 
 
+FIRST_PASS, OWN_PASS = 1, 2
+"""What a cell of the file of passes says: it was scored by the first pass of a cascade alone, or by the run's own."""
+
+
+def write_passes(path: Path, passes: NDArray[np.uint8], *, um_px: float) -> None:
+    """Write which pass has scored each cell of a heatmap, as an 8-bit TIFF pyramid.
+
+    Args:
+        path: The file to write.
+        passes: uint8 (rows, cols): 0 for no score, `FIRST_PASS` or `OWN_PASS`.
+        um_px: Side of a heatmap cell, um.
+    """
+    text = json.dumps({"0": "no score", str(FIRST_PASS): "first pass alone", str(OWN_PASS): "the run's own pass"})
+    write_gray(path, reduced_levels(passes, _largest), um_px=um_px, description=text)
+
+
+def read_passes(path: Path) -> NDArray[np.uint8]:
+    """Read which pass has scored each cell of a heatmap, uint8 (rows, cols), as `write_passes` wrote it.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return np.asarray(tiff.pages.first.asarray(), np.uint8)
+    except UNREADABLE as error:
+        raise unreadable_file(error, "map of passes", "run again", path) from error
+
+
 def read_heatmap(path: Path | str) -> Heatmap:
     """Read a heatmap that `write_heatmap` wrote.
 

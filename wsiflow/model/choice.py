@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from wsiflow.model.cascade import CascadeParams
 from wsiflow.system.paths import AbsolutePath
 
 
@@ -124,12 +125,16 @@ class InferenceParams(BaseModel, frozen=True, extra="forbid"):
         description="What int8 is calibrated on: a manifest of slides that are not under test, of which the first 16 "
         "are taken. own: the slides under test, which says too much in favour of int8. null: int8 is refused.",
     )
+    cascade: CascadeParams = CascadeParams()
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what earlier versions did not have, where it is not used, so that files and keys stay the same."""
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name not in {"stride_alone", "calibration"} or value}
+        later = {"stride_alone", "calibration"}
+        if not self.cascade.is_on:
+            del values["cascade"]
+        return {name: value for name, value in values.items() if name not in later or value}
 
 
 FORMER_EXCESS: Mapping[Literal["fail", "report"], Literal["stop", "tell"]] = {"fail": "stop", "report": "tell"}

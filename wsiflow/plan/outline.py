@@ -69,7 +69,7 @@ def simplified_rings(mask: NDArray[np.bool_], *, tolerance_px: float) -> list[Ri
     Returns:
         float64 (n, 2) each, x, y in mask pixels, of outer rings and holes; the first point is not repeated at the end.
     """
-    lines = [_midpoints(ring) for rings in _polygons(mask) for ring in rings]
+    lines = [_midpoints(ring) for rings in polygons(mask)[1] for ring in rings]
     simple = (
         cv2.approxPolyDP(line.astype(np.float32), tolerance_px, closed=True).reshape(-1, 2).astype(np.float64)
         for line in lines

@@ -114,8 +114,11 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        for name in ("stride", "stride_alone"):
-            stride = getattr(self.inference, name)
+        strides: dict[str, object] = {name: getattr(self.inference, name) for name in ("stride", "stride_alone")}
+        if self.inference.cascade.is_on:
+            self._check_cascade()
+            strides["cascade.stride"] = self.inference.cascade.stride
+        for name, stride in strides.items():
             if isinstance(stride, int) and stride and self.tiles.tile_px % stride:
                 divisors = [d for d in range(1, self.tiles.tile_px + 1) if self.tiles.tile_px % d == 0]
                 raise ValueError(f"inference.{name} is {stride}, it must divide tiles.tile_px: one of {divisors}")
@@ -126,6 +129,28 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         if self.geometry.convention == "reference":
             self._check_reference()
         return self
+
+    def _check_cascade(self) -> None:
+        """Refuse a cascade with settings that it does not fit, and one that could not be certified or would not pay.
+
+        Raises:
+            ValueError: A setting does not fit.
+        """
+        cascade, inference = self.inference.cascade, self.inference
+        refused = {
+            "geometry=centred": self.geometry.convention != "centred",
+            "inference.refine=0: a first pass at a coarser inference.cascade.stride does the same": inference.refine
+            > 0,
+            "stain.per_patch=false": self.stain.per_patch,
+            "dense.windows=200: what is passed over is certified by windows": not self.dense.windows,
+        }
+        for remedy, is_refused in refused.items():
+            if is_refused:
+                raise ValueError(f"inference.cascade.threshold is {cascade.threshold}, it needs {remedy}")
+        like_own = cascade.model in {None, self.model.card} and cascade.um_px in {"model", self.geometry.spacing}
+        if like_own and cascade.stride <= inference.stride:
+            cause = "the first pass of inference.cascade would cost as much as the run's own"
+            raise ValueError(f"{cause}: set inference.cascade.model, or a coarser inference.cascade.um_px or stride")
 
     def _check_refinement(self) -> None:
         """Refuse refinement where maps are computed whole, or where scores are compared with single windows.

@@ -25,6 +25,22 @@ from wsiflow.slides.stain.params import StainParams
 _EXCESS = {former: now for now, former in FORMER_EXCESS.items()}
 
 
+class Cascade(BaseModel, frozen=True):
+    """What decides at which places of a slide the run's own pass of a cascade looks, besides the scores there.
+
+    Attributes:
+        threshold: Score of the first pass from which on a place is looked at.
+        margin_um: Width around such places that is looked at as well, um.
+        first: Hash of the settings of the first pass.
+        development: SHA-256 of the slides on which the threshold was chosen; empty where it was given.
+    """
+
+    threshold: float
+    margin_um: float
+    first: str
+    development: tuple[str, ...] = ()
+
+
 class PlanSettings(BaseModel, frozen=True):
     """The settings of a plan.
 
@@ -44,6 +60,7 @@ class PlanSettings(BaseModel, frozen=True):
         pixel_versions: Versions of the libraries that decode and resample pixels, by name.
         numeric_class: The kind of machine that computes the scores; the last bits may differ on another kind.
         calibration: SHA-256 of the named slides that int8 is calibrated on; empty where it is on the run's own.
+        cascade: Where the run looks after a first pass; None where it has none.
         certificate_windows: Number of windows of each slide that are also run singly and compared.
         lesions: How lesions are found on a heatmap.
         evaluation: How detections are scored.
@@ -69,6 +86,7 @@ class PlanSettings(BaseModel, frozen=True):
     pixel_versions: Mapping[str, str]
     numeric_class: Mapping[str, str]
     calibration: tuple[str, ...] = ()
+    cascade: Cascade | None = None
     certificate_windows: int
     lesions: LesionParams
     evaluation: EvaluationParams
@@ -103,6 +121,7 @@ class PlanSettings(BaseModel, frozen=True):
             pixel_versions=predict["pixels"],
             numeric_class=predict["numeric_class"],
             calibration=predict.get("calibration", ()),
+            cascade=cut.get("cascade"),
             certificate_windows=settings["certificate"]["windows"],
             lesions=settings["lesions"],
             evaluation=settings["evaluation"],
@@ -116,7 +135,8 @@ class PlanSettings(BaseModel, frozen=True):
     @cached_property
     def of_tiles(self) -> dict[str, Any]:
         """The settings that decide which tiles and blocks a slide has, as JSON values."""
-        return {
+        cascade = {} if self.cascade is None else {"cascade": self.cascade.model_dump(mode="json")}
+        return cascade | {
             "geometry": self.geometry.model_dump(mode="json"),
             # What the files of a folder say is in the keys of the slides, and where it lies changes no number.
             "tissue": self.tissue.model_dump(mode="json", exclude={"folder"}),

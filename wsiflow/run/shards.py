@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.errors import Failure, InputError, IntegrityError
-from wsiflow.run import ledger, trace
+from wsiflow.run import first_pass, ledger, trace
 from wsiflow.run.cases import check_model, read_cases, write_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, costs_of, slices
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
 from wsiflow.run.plan import Plan, read_plan
-from wsiflow.run.stages import advice, certificates, certify, extract, ingest, stain, work
+from wsiflow.run.stages import advice, certificates, certify, extract, ingest, stain, threshold, work
 from wsiflow.run.stages.calibrate import calibration_slides
 from wsiflow.run.stages.choose import choice_key, describe_choice, describe_fallback, is_chosen
 from wsiflow.run.stages.line import ROUGH, STAGES, names_of
 from wsiflow.run.stages.network import calibration
 from wsiflow.run.stages.stage import Stage
 from wsiflow.slides.kinds import ManifestSlides, SyntheticSlides, source_of
-from wsiflow.slides.manifest import find_dataset
+from wsiflow.slides.manifest import Case, find_dataset
 from wsiflow.slides.synthetic.dataset import write_dataset, write_like
 from wsiflow.slides.synthetic.tissue import UM_PX
 from wsiflow.system import publish
@@ -103,6 +103,84 @@ def begin(config: RunConfig, note: Note = _log) -> Path:
         note(line, logging.INFO)
     _logger.info("%d slides to test, in %s", len(dataset.cases), config.out)
     return write_cases(config.out, config, dataset.cases)
+
+
+def begin_first_pass(cases: Path) -> Path:
+    """Check the folder and the model of the first pass of a run, and publish its slides and its configuration.
+
+    Args:
+        cases: The ``cases.json`` of the run.
+
+    Returns:
+        The ``cases.json`` of the first pass.
+
+    Raises:
+        InputError: The model of the first pass cannot be used.
+        EnvironmentFault: A folder cannot be written, or its file system lacks an operation.
+    """
+    config, listed = read_cases(cases)
+    return _begin_first(
+        first_pass.config_of(config, first_pass.folder_of(cases.parent)), first_pass.without_truth(listed)
+    )
+
+
+def begin_development(cases: Path) -> Path:
+    """Check and publish the development slides of a cascade likewise, with their truth; return their ``cases.json``.
+
+    Raises:
+        InputError: The manifest or the model of the first pass cannot be used.
+        EnvironmentFault: A folder cannot be written, or its file system lacks an operation.
+    """
+    config, _ = read_cases(cases)
+    named = ManifestSlides(kind="manifest", manifest=config.inference.cascade.development, limit=None)
+    listed = find_dataset(named).cases
+    return _begin_first(first_pass.config_of(config, cases.parent / first_pass.DEVELOPMENT), listed)
+
+
+def _begin_first(first: RunConfig, listed: Sequence[Case]) -> Path:
+    publish.preflight(first.out)
+    publish.sweep_attempts(first.out)
+    check_model(first)
+    return write_cases(first.out, first, listed)
+
+
+def has_threshold(first: Path, development: Path) -> bool:
+    """Tell whether the threshold of a cascade was chosen already, for this run or on the same slides for another.
+
+    Args:
+        first: The plan of the first pass over the slides under test.
+        development: The plan of that over the development slides.
+
+    Raises:
+        InputError: A development slide is under test, or cannot be used.
+    """
+    threshold.require_other_slides(read_plan(first), read_plan(development))
+    return threshold.is_chosen(development)
+
+
+def choose_threshold(pool: Executor, development: Path, ended: Sequence[Progress]) -> None:
+    """Choose the threshold of a cascade in a worker, from the scores of the development slides.
+
+    Args:
+        pool: The executor.
+        development: The plan of the first pass over the development slides.
+        ended: How its tasks ended.
+
+    Raises:
+        WsiflowError: A development slide has no scores, or there is no lesion on these slides.
+    """
+    plan = read_plan(development)
+    failures = failures_by_slide(plan, (item for one in ended for item in one.ended))
+    for failure in failures.values():
+        raise failure.error()
+    once(pool, development, "threshold", threshold.key_of(development.parent, plan))
+
+
+def describe_threshold(cases: Path) -> str:
+    """Return how the threshold of a cascade was chosen."""
+    record = first_pass.chosen_threshold(cases.parent)
+    kept = f"{record['kept']} of {record['lesions']} lesions on {len(record['development'])} development slides"
+    return f"cascade    threshold {record['threshold']:.3g} keeps {kept}"
 
 
 def _require_scaled_lengths(params: SyntheticSlides, given: float | None) -> None:
@@ -261,7 +339,7 @@ def ingest_shard(pool: Executor, cases: Path, shard: Sequence[int]) -> list[Outc
     # Checking that a slide still has the content of its record needs no worker.
     outcomes = [work.run_task(cases, "ingest", index) for index in set(shard) - set(tasks)]
     for ended in pool.run(work.run_slice, cases, "ingest", cuts):
-        key = ingest.record_key(listed[ended.task], settings, config) if ended.receipt is not None else ""
+        key = ingest.record_key(cases.parent, listed[ended.task], settings, config) if ended.receipt else ""
         outcome = _checked(ended, "ingest", key)
         trace.note(cases.parent, "ingest", listed[outcome.task].slide_id, 0, outcome)
         if not outcome.retried:
@@ -292,21 +370,22 @@ def given_up(plan_path: Path, progress: Progress) -> list[Failure]:
     return list(failures_by_slide(read_plan(plan_path), progress.ended).values())
 
 
-def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float) -> Progress:
-    """Take the slides of a shard through all stages; a slide for which a task fails is given up.
+def line(pool: Executor, plan_path: Path, shard: Sequence[int], slice_s: float, stages: Sequence[str] = ()) -> Progress:
+    """Take the slides of a shard through the stages; a slide for which a task fails is given up.
 
     Args:
         pool: The executor.
         plan_path: The plan.
         shard: Indices of slides.
         slice_s: Core-seconds of a slice.
+        stages: Names of the stages, in order; empty for all.
 
     Returns:
         The state of the shard after the last stage.
     """
     progress = Progress(tuple(shard))
-    for stage in STAGES.values():
-        progress = advance(pool, plan_path, stage, progress, slice_s)
+    for name in stages or STAGES:
+        progress = advance(pool, plan_path, STAGES[name], progress, slice_s)
     name = label(planned_slides(plan_path, shard))
     _logger.info("done %s: %d of %d slides are finished", name, len(progress.slides), len(shard))
     return progress

@@ -202,7 +202,8 @@ class ArrayJobs:
             EnvironmentFault: The scheduler refuses arrays or does not answer, or the executor was closed.
         """
         tasks = {task for part in slices for task in part.tasks}
-        batch = Batch(Call(element.dotted(work), source.name, stage), tasks, deque())
+        name = source.resolve().relative_to(self._root).as_posix()  # of the first pass of a cascade in a folder there
+        batch = Batch(Call(element.dotted(work), name, stage), tasks, deque())
         try:
             yield from self._begin(batch, slices)
             while batch.unfinished or batch.inbox:

@@ -117,7 +117,7 @@ def _map_bytes(cells: int, maps: Sequence[str]) -> dict[str, int]:
 
 def _files(tasks: Mapping[str, int], maps: Sequence[str]) -> int:
     """Return the number of files that the tasks publish, receipts included."""
-    return 2 * sum(count * (1 + len(STAGES[stage].beside(maps))) for stage, count in tasks.items())
+    return 2 * sum(count * (1 + len(STAGES[stage].beside(maps, 1))) for stage, count in tasks.items())
 
 
 def _stitching_mb(plan: Plan) -> int:

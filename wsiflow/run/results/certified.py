@@ -3,10 +3,11 @@
 The strict FROC score, which keeps every threshold, is computed twice over the same slides: as published, and with the
 scores in fp32 in place of the published ones wherever a window was run again. A detection whose highest cell was run
 again moves by the difference there, and is gone where that cell is not above the threshold any more; a cell inside an
-annotated region that exceeds the threshold in fp32 alone is a detection more. The difference and its interval are those
-of a paired comparison (`wsiflow.evaluation.paired`), which has a width where nothing differs: it is about slides like
-these. It bounds what the windows that were drawn can show. The less confident of many detections and cells of a region
-that were not drawn keep their published scores, and false positives that fp32 alone would have are not counted.
+annotated region that exceeds the threshold in fp32 alone is a detection more, and so is one that a first pass has
+passed over. The difference and its interval are those of a paired comparison (`wsiflow.evaluation.paired`), which has a
+width where nothing differs: it is about slides like these. It bounds what the windows that were drawn can show. The
+less confident of many detections and cells of a region that were not drawn keep their published scores, and false
+positives that fp32 alone would have are not counted.
 """
 
 import math
@@ -24,7 +25,7 @@ from wsiflow.model import certificate
 from wsiflow.model.certificate import ScoreDeviation, Weighing
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.plan import Plan
-from wsiflow.run.stages import certificates
+from wsiflow.run.stages import certificates, passed_over
 from wsiflow.run.stages.certificates import Certificate
 from wsiflow.run.stages.strata import KINDS
 
@@ -52,7 +53,7 @@ def summarise(root: Path, plan: Plan, slides: Sequence[SlidePlan], record: Evalu
         rows and metrics of their own, as ``dense.<class>.n``. ``certificate.slides_beyond`` is the number of slides
         beyond their limits, ``certificate.lesions_lost`` that of lost lesions, ``certificate.slides_without_truth``
         that of slides of which it is not known what is tumour. ``certificate.froc_difference`` is the published strict
-        FROC score minus that with the scores in fp32.
+        FROC score minus that with the scores in fp32. ``cascade.*`` tell what a first pass has passed over.
     """
     read = {planned.slide_id: certificates.read(root, planned) for planned in slides}
     rows = [row for slide_id, one in read.items() for row in _rows(plan, slide_id, one)]
@@ -65,7 +66,34 @@ def summarise(root: Path, plan: Plan, slides: Sequence[SlidePlan], record: Evalu
     }
     for kind in sorted({kind for one in read.values() for kind in one.pairs}):
         metrics |= _metrics(plan, kind, [one for one in read.values() if kind in one.pairs])
+    metrics |= _of_first_pass(plan, [one for one in read.values() if one.passed is not None])
     return rows, metrics | froc_difference(plan, read, record, seed=seed)
+
+
+def _of_first_pass(plan: Plan, parts: Sequence[Certificate]) -> dict[str, float]:
+    """Return what the first pass of a cascade has passed over, over all slides, as metrics; empty without a first pass.
+
+    ``cascade.passed_over`` is the share of all cells that were passed over, ``cascade.share_above`` the share of these
+    that the run's own pass would score above the threshold of detections, ``cascade.cells_above`` their number, both
+    with ``_at_most``, the upper 95 % bound; ``cascade.missed`` the share of all cells above the threshold that were
+    passed over; ``cascade.lesions_lost`` the number of lesions that were lost by it.
+    """
+    if not parts:
+        return {}
+    threshold, passed = plan.settings.lesions.threshold, [one.passed for one in parts if one.passed is not None]
+    found = passed_over.estimate(passed, threshold)
+    every = found.cells + sum(one.scored for one in passed)
+    lost = [passed_over.lost_lesions(one.passed, one.highest, one.itc, threshold) for one in parts]
+    return {
+        "cascade.n": float(found.n),
+        "cascade.passed_over": found.cells / every if every else math.nan,
+        "cascade.share_above": found.share,
+        "cascade.share_above_at_most": found.share_at_most,
+        "cascade.cells_above": found.share * found.cells,
+        "cascade.cells_above_at_most": found.share_at_most * found.cells,
+        "cascade.missed": found.missed,
+        "cascade.lesions_lost": float(sum(map(len, lost))),
+    }
 
 
 def _rows(plan: Plan, slide_id: str, one: Certificate) -> list[dict[str, Any]]:
@@ -175,9 +203,12 @@ def _in_fp32(one: Certificate, threshold: float) -> _Detections:
     prob[detection[peaks]] = np.clip(prob[detection[peaks]] + moved[peaks], 0.0, 1.0)
     gone = detection[peaks & (moved < 0) & (scores > threshold) & (expected <= threshold)]
     more = (region > 0) & (moved > 0) & (scores <= threshold) & (expected > threshold)
-    return _Detections(
-        np.concatenate([np.delete(prob, gone), expected[more]]), np.concatenate([np.delete(hit, gone), region[more]])
-    )
+    probs, hits = [np.delete(prob, gone), expected[more]], [np.delete(hit, gone), region[more]]
+    if one.passed is not None:
+        passed, of_region = one.passed.scores(), np.array(one.passed.region, np.int64)
+        more = (of_region > 0) & (passed > threshold)
+        probs, hits = [*probs, passed[more]], [*hits, of_region[more]]
+    return _Detections(np.concatenate(probs), np.concatenate(hits))
 
 
 def _matches(one: Certificate, found: _Detections, published: Matches) -> Matches:
@@ -225,6 +256,22 @@ def sentence(metrics: Mapping[str, float], threshold: float) -> str:
     if beyond_limits := metrics.get("certificate.slides_beyond"):
         parts.append(f"slides beyond the limits: {beyond_limits:.0f}")
     return "; ".join(filter(None, parts))
+
+
+def cascade_sentence(metrics: Mapping[str, float], threshold: float) -> str:
+    """Return what the first pass of a cascade has passed over, in one sentence; empty without a first pass."""
+    if "cascade.n" not in metrics:
+        return ""
+    share, at_most, missed, lost = (
+        metrics[f"cascade.{name}"] for name in ("share_above", "share_above_at_most", "missed", "lesions_lost")
+    )
+    parts = [
+        f"{metrics['cascade.passed_over']:.1%} of the tissue passed over",
+        f"of which {_share(share)}, at most {_share(at_most)} (95 %), would score above {threshold:g} "
+        f"by {metrics['cascade.n']:.0f} windows, {missed:.1%} of all that do",
+        f"lesions lost by it: {lost:.0f}",
+    ]
+    return "; ".join(parts)
 
 
 def _share(value: float) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any
 
+from wsiflow.run import first_pass
 from wsiflow.run.executor.driver import Spent
 from wsiflow.run.stages.line import STEPS
 
@@ -89,6 +90,11 @@ def origin_core_seconds(receipts: Sequence[Receipt], before: Set[str]) -> dict[s
     cached = math.fsum(r["cpu_s"] for r in receipts if r["path"] in before or r.get("shared"))
     total = math.fsum(r["cpu_s"] for r in receipts)
     return {"cost.executed_core_s": total - cached, "cost.cached_core_s": cached}
+
+
+def first_pass_core_seconds(receipts: Sequence[Receipt]) -> float:
+    """Return the part of the busy core-seconds that falls to the first pass of a cascade."""
+    return math.fsum(r["cpu_s"] for r in receipts if r["path"].startswith(f"{first_pass.FOLDER}/"))
 
 
 def total_core_seconds(

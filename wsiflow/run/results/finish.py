@@ -23,7 +23,7 @@ from wsiflow.run.ledger import Ledger
 from wsiflow.run.plan import Plan
 from wsiflow.run.plan import read_plan as read_plan
 from wsiflow.run.results import certified, cost, report, shown
-from wsiflow.run.results.record import all_receipts, machines, settings, track
+from wsiflow.run.results.record import all_attempts, all_receipts, machines, published_names, settings, track
 from wsiflow.run.results.scores import (
     ScoringInput,
     former_metrics,
@@ -79,7 +79,7 @@ class Clock:
         """Start the clock; energy is measured only where all workers run on this machine."""
         self._start = time.perf_counter()
         Spending.begin()
-        self.before = frozenset(publish.receipt_names(config.out))
+        self.before = frozenset(published_names(config.out))
         self._energy = energy.EnergyMeter() if KINDS[config.executor.kind].is_local else None
 
     def energy(self) -> dict[str, float]:
@@ -150,7 +150,9 @@ def _show_alone(root: Path, folder: str) -> None:
             shutil.rmtree(root / name)
 
 
-def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock) -> Summary:
+def finish(
+    config: RunConfig, plan_path: Path, progress: Sequence[Progress], clock: Clock, first: Sequence[Progress] = ()
+) -> Summary:
     """Score the published slides of a run, write its tables and report, and record it in MLflow.
 
     Args:
@@ -158,13 +160,14 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         plan_path: The run's plan.
         progress: Outcomes of the tasks of each shard.
         clock: Wall time, energy and published files since this start.
+        first: Outcomes of the tasks of the first pass of a cascade.
 
     Raises:
         IntegrityError: The ledger does not balance although no task failed.
     """
     root, plan = plan_path.parent, read_plan(plan_path)
     ended = [item for shard in progress for item in shard.ended]
-    statuses, receipts, attempts = slide_statuses(plan, ended), all_receipts(root), trace.attempts(root)
+    statuses, receipts, attempts = slide_statuses(plan, ended), all_receipts(root), all_attempts(root)
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     trace.write_views(root, attempts)
     balance = _balanced(root, plan, plan_path, statuses)
@@ -172,7 +175,8 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     publish.write_view(root, "process_list.csv", process_list(statuses, receipts).encode())
     if missing_slides(statuses):
         _keep_as_former(root, but="evaluation-PARTIAL" if scoring else "")
-    work = WorkLog(receipts, attempts, {item.attempt for item in ended if item.executed and item.attempt})
+    every = [*ended, *(item for shard in first for item in shard.ended)]
+    work = WorkLog(receipts, attempts, {item.attempt for item in every if item.executed and item.attempt})
     if scoring is None:
         worst = max(status.exit_code for status in statuses)
         spent = _work_metrics(root, "evaluation", config, plan, work, clock) | _cost_so_far(root, work)
@@ -184,7 +188,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     published = publish_scores(root, folder, config, scoring)
     numbers = (
         _work_metrics(root, folder, config, plan, work, clock)
-        | _counts(balance, len(ended), len(work.new))
+        | _counts(balance, len(every), len(work.new))
         | _certificates(root, folder, config, plan, statuses)
         | _colours(root, plan, receipts)
     )
@@ -284,6 +288,8 @@ def _work_metrics(
     whole = cost.summarise(work.receipts, run_wall_s=clock.seconds(), workers=workers, tile_mm2=area)
     whole |= cost.origin_core_seconds(work.receipts, clock.before)
     whole["cost.warmup_core_s"] = trace.warmup_s(work.attempts)
+    if plan.settings.cascade is not None:
+        whole["cost.first_pass_core_s"] = cost.first_pass_core_seconds(work.receipts)
     return rates | used | {name: value for name, value in whole.items() if name in _WHOLE or name.startswith("cost.")}
 
 
@@ -444,5 +450,9 @@ def _protocol_hash(shown: Path) -> str:
 
 def _certificate_line(metrics: Mapping[str, float], plan: Plan) -> list[str]:
     """Return what the certificates say as a line; no line where nothing was compared."""
-    text = certified.sentence(metrics, plan.settings.lesions.threshold)
-    return [f"certified  {text}"] if text else []
+    threshold = plan.settings.lesions.threshold
+    lines = {
+        "certified": certified.sentence(metrics, threshold),
+        "cascade": certified.cascade_sentence(metrics, threshold),
+    }
+    return [f"{name:<10} {text}" for name, text in lines.items() if text]

@@ -12,7 +12,7 @@ from wsiflow import redaction
 from wsiflow.errors import WsiflowError
 from wsiflow.evaluation import matches
 from wsiflow.model.card import read_card
-from wsiflow.run import tracking
+from wsiflow.run import first_pass, trace, tracking
 from wsiflow.run.cases import folder_id, swept
 from wsiflow.run.config import RunConfig
 from wsiflow.run.plan import Plan
@@ -25,19 +25,38 @@ from wsiflow.system.provenance import versions
 _KEPT = ("path", "kind", "slide", "attempt", "cpu", "cpu_s", "wall_s", "seconds", "counts", "shared", "stain_failures")
 
 
+def published_names(root: Path) -> list[str]:
+    """Return the names of all files with a receipt, those of a cascade's first pass with its folder in front."""
+    first = publish.receipt_names(first_pass.folder_of(root))
+    return [*publish.receipt_names(root), *(f"{first_pass.FOLDER}/{name}" for name in first)]
+
+
 def all_receipts(root: Path) -> list[publish.Receipt]:
     """Return the receipts of all files that were computed for slides, and of the calibration for all slides.
 
     Each receipt is read once, and only the fields that the metrics need are kept, since there are about ten receipts
-    per slide. The choice of engine and backend is warm-up and not among them.
+    per slide. The choice of engine and backend is warm-up and not among them. The files of a cascade's first pass are
+    among them: their kinds and paths begin with its folder, so that its tiles are not counted a second time.
     """
-    names = publish.receipt_names(root)
-    receipts = (receipt for name in names if (receipt := publish.read_receipt(root, name)) is not None)
-    return [
-        {name: receipt[name] for name in _KEPT if name in receipt}
-        for receipt in receipts
-        if receipt.get("slide") or receipt.get("kind") == "calibration"
-    ]
+    kept = []
+    for folder in ("", f"{first_pass.FOLDER}/"):
+        for name in publish.receipt_names(root / folder):
+            receipt = publish.read_receipt(root / folder, name)
+            if receipt is not None and (receipt.get("slide") or receipt.get("kind") == "calibration"):
+                own = {field: receipt[field] for field in _KEPT if field in receipt}
+                if folder:
+                    own.pop("stain_failures", None)  # the run's own pass has them of the same slides
+                kept.append(own | {field: f"{folder}{own[field]}" for field in ("path", "kind") if field in own})
+    return kept
+
+
+def all_attempts(root: Path) -> list[dict[str, Any]]:
+    """Return every attempt at a task, in the order of their submission; those of a first pass are called so."""
+    first = (
+        row | {name: f"{first_pass.FOLDER} {row[name]}" for name in ("task", "stage")}
+        for row in trace.attempts(first_pass.folder_of(root))
+    )
+    return sorted([*trace.attempts(root), *first], key=lambda row: str(row["submit"]))
 
 
 def begin(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from wsiflow.evaluation import evaluate, missed
 from wsiflow.evaluation.detections import read_detections
 from wsiflow.evaluation.truth import as_truth, planned_marks, share_of_tissue
 from wsiflow.heatmap import files
+from wsiflow.plan import cascade
 from wsiflow.plan.slide_plan import SlidePlan, read_cut, tissue_grid
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
@@ -138,14 +139,18 @@ def _evidence(root: Path, plan: Plan, index: int, case: Case, config: RunConfig)
     detections = read_detections(root / detect.STAGE.product_of(plan, index))
     score = published_receipt(root, plan, stitch.STAGE, index)["score"]
     cut = read_cut(root, planned)
+    tiles, passed = tissue_grid(cut.tile_runs), None
+    if plan.settings.cascade is not None:
+        passed = cascade.of_tiles(ingest.cells_of_passes(root, plan, planned)[1], tiles, planned.frame)
     view = missed.View(
         frame=planned.frame,
-        tiles=tissue_grid(cut.tile_runs),
+        tiles=tiles,
         params=plan.settings.lesions,
         read_map=lambda: files.read_heatmap(heatmap)[0],
         read_second=lambda: detect.second_map(plan, index),
         read_score=lambda: detect.gate_score(root, plan, index),
         cells=cut.scored(planned.frame),
+        passed_over=passed,
     )
     return replace(evidence(planned, case, config, detections, score, root=root), view=view)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from wsiflow.errors import InputError, IntegrityError, SlideModified, WsiflowError
 from wsiflow.model import certificate
+from wsiflow.model.cascade import CascadeParams
 from wsiflow.run import cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.protocol import Outcome
@@ -114,7 +115,9 @@ def _plan_named(folder: Path, root: Path, config: RunConfig, named: Sequence[Cas
     choice = choice_name(config)
     (folder / choice).parent.mkdir(parents=True)
     (folder / choice).write_bytes((root / choice).read_bytes())
-    alone = config.model_copy(update={"share": None, "store": config.store.model_copy(update={"kind": "none"})})
+    whole = config.inference.model_copy(update={"cascade": CascadeParams()})
+    store = config.store.model_copy(update={"kind": "none"})
+    alone = config.model_copy(update={"share": None, "store": store, "inference": whole})
     source = cases.write_cases(folder, alone, named)
     outcomes = [Outcome(index, ingest.ingest(source, index)[0], executed=True) for index in range(len(named))]
     path = ingest.make_plan(source, outcomes)

@@ -20,8 +20,13 @@ from wsiflow.model import certificate
 from wsiflow.model.certificate import Limits, ScoreDeviation, Weighing
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.plan import Plan
+from wsiflow.run.stages import passed_over
+from wsiflow.run.stages.passed_over import PassedOver
 from wsiflow.run.stages.strata import KINDS
 from wsiflow.system import publish
+
+#: The kind of what a first pass has passed over, beside the kinds of comparison.
+PASSED = "passed"
 
 _FORM = 2  # of the file, and of how windows are drawn
 
@@ -41,6 +46,7 @@ class Certificate(NamedTuple):
             what is tumour, so that no window was drawn for it.
         itc: Numbers of the regions that are isolated tumour cells.
         n_regions: Number of annotated regions, those without a score included.
+        passed: What the first pass of a cascade has passed over; None where there is none.
     """
 
     pairs: dict[str, dict[str, list[float]]]
@@ -55,10 +61,15 @@ class Certificate(NamedTuple):
     highest: dict[str, float] | None
     itc: list[int]
     n_regions: int
+    passed: PassedOver | None = None
 
     def text(self) -> str:
         """Return the content as the text of a file."""
-        return json.dumps(self._asdict(), sort_keys=True)
+        values = self._asdict()
+        passed = values.pop("passed")
+        if passed is not None:
+            values["passed"] = passed._asdict()
+        return json.dumps(values, sort_keys=True)
 
     def windows(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the published scores of the windows and those in fp32, float64 (n,) each."""
@@ -78,7 +89,9 @@ def name_of(planned: SlidePlan) -> str:
 def key_of(plan: Plan, planned: SlidePlan, scores_sha256: list[str]) -> str:
     """Return the key of the certificate of a slide: what decides which windows are compared, and their scores."""
     truth_files = files_sha256(planned.annotation_path, planned.mask_path)
+    first = {} if plan.settings.cascade is None else {"cascade": plan.settings.cascade.model_dump(mode="json")}
     return publish.key_of(
+        **first,
         slide=planned.key,
         scores=scores_sha256,
         windows=plan.settings.certificate_windows,
@@ -90,7 +103,9 @@ def key_of(plan: Plan, planned: SlidePlan, scores_sha256: list[str]) -> str:
 
 def read(root: Path, planned: SlidePlan) -> Certificate:
     """Read the published certificate of a slide."""
-    return Certificate(**json.loads((root / name_of(planned)).read_text(encoding="utf-8")))
+    values = json.loads((root / name_of(planned)).read_text(encoding="utf-8"))
+    passed = PassedOver(**values.pop("passed")) if "passed" in values else None
+    return Certificate(**values, passed=passed)
 
 
 def is_current(root: Path, planned: SlidePlan, key: str) -> bool:
@@ -155,7 +170,17 @@ def exceeded(plan: Plan, one: Certificate) -> dict[str, list[str]]:
     if lost := lost_lesions(plan, one):
         what = "a lesion is" if len(lost) == 1 else f"{len(lost)} lesions are"
         reasons["windows"].append(f"{what} lost: no score in it exceeds {plan.settings.lesions.threshold:g}")
+    if one.passed is not None:
+        reasons[PASSED] = _passed_over(plan, one, one.passed)
     return reasons
+
+
+def _passed_over(plan: Plan, one: Certificate, passed: PassedOver) -> list[str]:
+    """Return why the first pass of a cascade has passed over too much of a slide; empty where it has not."""
+    settings = plan.settings
+    lost = passed_over.lost_lesions(passed, one.highest, one.itc, settings.lesions.threshold)
+    limits = {"threshold": settings.lesions.threshold, "tolerance": settings.tolerance}
+    return passed_over.excess(passed, is_known=one.highest is not None, lost=len(lost), **limits)
 
 
 def lost_lesions(plan: Plan, one: Certificate) -> list[int]:

@@ -7,6 +7,7 @@ block is computed in fp32 as well. The certificate holds the scores, see `certif
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -23,14 +24,13 @@ from wsiflow.plan.blocks import size_px, window_corners_px
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.stages import certificates, predict, strata
+from wsiflow.run.stages import certificates, ingest, passed_over, predict, strata
 from wsiflow.run.stages.certificates import Certificate
 from wsiflow.run.stages.network import check_numeric_class, fresh_scorer, scorer_for
 from wsiflow.run.stages.pixels import planned_blocks
 from wsiflow.run.stages.predict import published, read_scores
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, class_stems, make_room
-from wsiflow.slides.manifest import Case
 from wsiflow.system import publish, usage
 from wsiflow.system.provenance import facts
 from wsiflow.system.usage import untimed
@@ -45,7 +45,7 @@ def is_needed(plan: Plan) -> bool:
     """Tell whether the scores of a plan have to be compared with those of single windows in fp32."""
     choice = plan.settings.choice
     plain = choice.engine == "window" and choice.precision == "fp32" and not choice.refine
-    return not plain and plan.settings.certificate_windows > 0
+    return (not plain or plan.settings.cascade is not None) and plan.settings.certificate_windows > 0
 
 
 class Sample(NamedTuple):
@@ -57,6 +57,9 @@ class Sample(NamedTuple):
         hit: int64 (d,), number of the annotated region that each lies in; 0 for none, -1 where it is ignored.
         highest: Highest published score in each annotated region, by number; None where truth is not known.
         truth: The annotated regions; None where they are not known, or there are none.
+        heat: float32 (rows, cols), the published scores.
+        regions: int32 (rows, cols), the annotated region that each cell lies in, 0 for none; None where it is not known
+            what is tumour.
     """
 
     drawn: strata.Drawn
@@ -64,6 +67,8 @@ class Sample(NamedTuple):
     hit: NDArray[np.int64]
     highest: dict[str, float] | None
     truth: Truth | None
+    heat: NDArray[np.float32]
+    regions: NDArray[np.int32] | None
 
 
 def certify(source: Path, index: int) -> tuple[publish.Receipt, bool]:
@@ -115,7 +120,8 @@ def sample(root: Path, plan: Plan, index: int) -> Sample:
     drawn = strata.draw(slide, seed=planned.key, count=settings.certificate_windows)
     prob = traces.detections[:, 0].astype(np.float32).astype(np.float64)
     highest = None if regions is None else _highest(heat, regions)
-    return Sample(drawn, prob, _hits(plan, planned, truth, traces.detections), highest, truth)
+    hit = _hits(plan, planned, truth, traces.detections)
+    return Sample(drawn, prob, hit, highest, truth, heat, regions)
 
 
 def _peaks(heat: NDArray[np.float32], traces: lesions.Traces) -> strata.Cells:
@@ -132,15 +138,8 @@ def _truth(plan: Plan, planned: SlidePlan) -> tuple[Truth | None, bool]:
 
     Truth that cannot be read is not known here: it fails the slide when the slide is scored.
     """
-    case = Case(
-        planned.slide_id,
-        Path(planned.path),
-        label=planned.label,
-        annotation_path=Path(planned.annotation_path) if planned.annotation_path else None,
-        mask_path=Path(planned.mask_path) if planned.mask_path else None,
-    )
     try:
-        truth = planned_truth(planned, case, plan.settings.evaluation)
+        truth = planned_truth(planned, ingest.case_of(planned), plan.settings.evaluation)
     except WsiflowError:
         return None, False
     return truth, truth is not None or planned.label == 0
@@ -196,12 +195,16 @@ def _compare(root: Path, plan: Plan, index: int, dense: "DenseScorer | None") ->
     planned, stems = plan.slides[index], class_stems(plan.settings.maps)
     one = sample(root, plan, index)
     drawn = one.drawn
-    expected = _window_scorer(plan).run(windows_of(root, plan, planned, drawn, context_px=0), untimed)
+    run = partial(_window_scorer(plan).run, timed=untimed)
+    expected = run(windows_of(root, plan, planned, drawn, context_px=0))
     scores = [each[drawn.window[drawn.block == number]] for number, each in _block_scores(root, plan, index, drawn)]
     none = np.empty((0, 1 + len(stems)), np.float32)
     pairs = _pairs("windows", stems, np.concatenate([none, *scores]), expected)
     if dense is not None and len(drawn.block):
         pairs |= _pairs("precision", stems, *_smallest_block(root, plan, index, drawn, dense))
+    passed = None
+    if plan.settings.cascade is not None:
+        passed = passed_over.look(root, plan, planned, one.heat, one.regions, run)
     return Certificate(
         pairs=pairs,
         kind=drawn.kind.tolist(),
@@ -215,6 +218,7 @@ def _compare(root: Path, plan: Plan, index: int, dense: "DenseScorer | None") ->
         highest=one.highest,
         itc=sorted(one.truth.lesions.itc) if one.truth is not None else [],
         n_regions=one.truth.lesions.n_regions if one.truth is not None else 0,
+        passed=passed,
     )
 
 
@@ -326,6 +330,10 @@ def _require(root: Path, plan: Plan, index: int) -> None:
         return
     choice, slide_id = plan.settings.choice, plan.slides[index].slide_id
     path = root / certificates.name_of(plan.slides[index])
+    if passed := exceeded.pop(certificates.PASSED, []):
+        cause = f"the first pass passes over too much: {'; '.join(passed)}"
+        remedy = "set a lower inference.cascade.threshold, or another first pass, in another out= folder"
+        raise IntegrityError(cause, remedy, slide=slide_id, path=path)
     is_of_windows = {kind: certificates.method_of(kind) == "windows" for kind in exceeded}
     kind = min(
         (each for each, reasons in exceeded.items() if reasons), key=lambda each: (not is_of_windows[each], each)

@@ -33,6 +33,7 @@ def choice_key(config: RunConfig) -> str:
     another kind of machine.
     """
     settings = {name: getattr(config, name).model_dump(mode="json") for name in ("inference", "tiles", "geometry")}
+    settings["inference"].pop("cascade", None)  # it decides where windows are, and not how they are scored
     if config.inference.calibration == "own":  # it decides nothing here
         del settings["inference"]["calibration"]
     settings["dense"] = config.dense.model_dump(exclude={"windows", "tolerance", "on_excess"})
@@ -165,8 +166,10 @@ def _record_key(config: RunConfig, model: str) -> str:
     if not model or inference.backend == "auto" or inference.precision in {"auto", "int8"}:
         return ""
     sections = ("inference", "dense", "tiles", "geometry")
+    choice = {name: getattr(config, name).model_dump(mode="json") for name in sections}
+    choice["inference"].pop("cascade", None)
     return publish.key_of(
-        choice={name: getattr(config, name).model_dump(mode="json") for name in sections},
+        choice=choice,
         model=model,
         code=[code_sha256(package) for package in ("model", "plan", "run/stages")],
         machine=[numeric_class(), sorted(cpu_flags())],

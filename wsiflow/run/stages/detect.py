@@ -11,11 +11,12 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation.detections import format_detections, read_scores
 from wsiflow.heatmap import files, lesions
 from wsiflow.heatmap.overlay import overlay_png
-from wsiflow.plan import geometry
+from wsiflow.plan import cascade, geometry
 from wsiflow.plan.slide_plan import SlidePlan
+from wsiflow.run import first_pass
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.stages import overviews, stitch
+from wsiflow.run.stages import ingest, overviews, stitch
 from wsiflow.run.stages.pixels import open_planned
 from wsiflow.run.stages.stage import Stage
 from wsiflow.run.stages.stitch import cell_um, make_room
@@ -117,6 +118,9 @@ def _publish_pictures(
         key: The key of the slide's detections.
     """
     planned, (preview, overlay, overview) = plan.slides[index], STAGE.beside_of(plan, index)
+    if plan.settings.cascade is not None:  # people see the scores of the first pass where there are no others
+        first = cascade.first_scores(*first_pass.read_heatmap(root, planned.slide_id), planned.frame)
+        heat = np.where(ingest.cells_of_passes(root, plan, planned)[1], first, heat)
     receipt_facts = facts("overlay", planned.slide_id)
     if publish.done_if_present(root, preview, key) is None:
         with publish.publishing(root, preview, key, receipt_facts, publish.accept) as attempt, attempt.timed("write"):
@@ -180,5 +184,9 @@ STAGE = Stage(
     key=_key,
     cost=StageCost(1.0, 0.0005),
     steps=("write",),
-    beside=lambda _maps: ("heatmaps/{slide}.preview.tif", "heatmaps/{slide}.png", overviews.picture_of("{slide}")),
+    beside=lambda _maps, _passes: (
+        "heatmaps/{slide}.preview.tif",
+        "heatmaps/{slide}.png",
+        overviews.picture_of("{slide}"),
+    ),
 )

@@ -23,16 +23,16 @@ from wsiflow.errors import InputError, WsiflowError
 from wsiflow.evaluation import truth
 from wsiflow.model import card
 from wsiflow.model.choice import Choice
-from wsiflow.plan import geometry, outline
+from wsiflow.plan import cascade, geometry, outline
 from wsiflow.plan.geometry import MAX_UPSAMPLE, Frame
-from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, slide_key, tile_runs, tissue_grid
+from wsiflow.plan.slide_plan import SlideCut, SlidePlan, cut_name, make_cut, read_cut, slide_key, tile_runs, tissue_grid
 from wsiflow.plan.tissue import touching_cells, with_whole_squares
-from wsiflow.run import sharing
+from wsiflow.run import first_pass, sharing
 from wsiflow.run.cases import read_cases
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.plan import Plan, Rejected, latest_plan, publish_plan
-from wsiflow.run.settings import PlanSettings
+from wsiflow.run.settings import Cascade, PlanSettings
 from wsiflow.run.sharing import SharedFile
 from wsiflow.run.stages import overviews
 from wsiflow.run.stages.choose import choice_record
@@ -54,25 +54,25 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
     settings, name = plan_settings(root, config), f"tissue/{case.slide_id}.json"
-    key = record_key(case, settings, config)
+    key = record_key(root, case, settings, config)
     done = publish.done(root, name, key)
     if done is not None:
         check_unchanged(root, case.slide_id, case.path)
         _check_manifest_sha256(case, _record(root, case.slide_id)["sha256"])
         if any(publish.done_if_present(root, each, key) is None for each in _published_names(case)[1:]):
-            inspection, _ = _shared_inspection(case, config)  # a file was deleted: it is published again
+            inspection, _ = _shared_inspection(root, case, config)  # a file was deleted: it is published again
             frame = _frame_of_run(inspection["frame"], settings.choice)
-            cut = _cut(inspection, frame, settings)
+            cut = _cut(root, case.slide_id, inspection, frame, settings)
             _publish_beside(root, case, inspection, cut, key)
         return done, False
     marks = check_truth(case, config)
     with publish.publishing(root, name, key, facts("tissue", case.slide_id), publish.accept) as attempt:
-        inspection, former_receipt = _shared_inspection(case, config)
+        inspection, former_receipt = _shared_inspection(root, case, config)
         if former_receipt is not None:
             attempt.charge(former_receipt)
         sha256, frame = inspection["sha256"], _frame_of_run(inspection["frame"], settings.choice)
         _check_manifest_sha256(case, sha256)
-        cut = _cut(inspection, frame, settings)
+        cut = _cut(root, case.slide_id, inspection, frame, settings)
         record = {
             "sha256": sha256,
             "signature": inspection["signature"],
@@ -91,15 +91,63 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     return attempt.receipt, True
 
 
-def _cut(inspection: Mapping[str, Any], frame: Frame, settings: PlanSettings) -> SlideCut:
+def _cut(root: Path, slide_id: str, inspection: Mapping[str, Any], frame: Frame, settings: PlanSettings) -> SlideCut:
     """Return how a slide is cut in this run."""
-    tiles, scored = tissue_grid(inspection["tile_runs"]), None
-    if settings.tissue.windows == "touching":
-        mask = _mask_of(base64.b64decode(inspection["mask_png"]))
-        scored = touching_cells(mask, tiles, frame, downsample=inspection["downsample"])
-        if settings.choice.refine:
-            scored = with_whole_squares(scored, settings.choice.refine_from_px // frame.stride_px)
+    tiles, mask = tissue_grid(inspection["tile_runs"]), _mask_of(base64.b64decode(inspection["mask_png"]))
+    scored = cells_of_tissue(mask, tiles, frame, settings, downsample=inspection["downsample"])
+    if settings.cascade is not None:
+        near = cascade.of_tiles(not_passed_over(root, slide_id, frame, settings.cascade), tiles, frame)
+        scored = near if scored is None else scored & near
     return make_cut(tiles, frame, group_tiles=settings.group_tiles, scored=scored)
+
+
+def cells_of_tissue(
+    mask: NDArray[np.bool_], tiles: NDArray[np.bool_], frame: Frame, settings: PlanSettings, *, downsample: float
+) -> NDArray[np.bool_] | None:
+    """Return which cells of the selected tiles are scored where there is no first pass, bool (n, m, m); None for all.
+
+    Args:
+        mask: bool (rows, cols), the tissue on the overview.
+        tiles: bool (rows, cols), the selected tiles.
+        frame: The slide's transform.
+        settings: The settings of the plan.
+        downsample: Level-0 pixels per pixel of the mask.
+    """
+    if settings.tissue.windows != "touching":
+        return None
+    scored = touching_cells(mask, tiles, frame, downsample=downsample)
+    if settings.choice.refine:
+        scored = with_whole_squares(scored, settings.choice.refine_from_px // frame.stride_px)
+    return scored
+
+
+def not_passed_over(root: Path, slide_id: str, frame: Frame, params: Cascade) -> NDArray[np.bool_]:
+    """Return the cells of a slide's heatmap, bool (rows, cols), that the first pass of a cascade does not pass over.
+
+    Raises:
+        InputError: The first pass has no scores of the slide.
+        IntegrityError: Its scores are damaged.
+    """
+    first, first_frame = first_pass.read_heatmap(root, slide_id)
+    limits = {"threshold": params.threshold, "margin_um": params.margin_um}
+    return cascade.looked_at(first, first_frame, frame, **limits)
+
+
+def cells_of_passes(root: Path, plan: Plan, planned: SlidePlan) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the cells of a slide's heatmap that a run's own pass scores, and those that its first pass passes over.
+
+    Returns:
+        Two arrays, bool (rows, cols), of the frame's `Frame.h_shape`. Without a first pass nothing is passed over.
+    """
+    cut, frame = read_cut(root, planned), planned.frame
+    tiles = tissue_grid(cut.tile_runs)
+    m, n = frame.cells_per_tile, int(tiles.sum())
+    own = cut.scored(frame)
+    mask = tissue_of(root, planned.slide_id)
+    every = cells_of_tissue(mask, tiles, frame, plan.settings, downsample=planned.overview_downsample)
+    all_cells = np.ones((n, m, m), np.bool_)
+    fine, whole = (cascade.on_map(all_cells if cells is None else cells, tiles, frame) for cells in (own, every))
+    return fine, whole & ~fine
 
 
 def _notes(case: Case, marks: Any, inspection: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -129,10 +177,10 @@ def _publish_beside(root: Path, case: Case, inspection: Mapping[str, Any], cut: 
         publish.publish_bytes(root, overviews.name_of(case.slide_id), overview, key, facts("tissue", case.slide_id))
 
 
-def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
+def _shared_inspection(root: Path, case: Case, config: RunConfig) -> tuple[dict[str, Any], publish.Receipt | None]:
     """Return the result of `_inspect`, and the receipt of the trial that computed it, where that was another trial."""
     if config.share is None:
-        return _inspect(case, config), None
+        return _inspect(root, case, config), None
     # The first trial hashes the content. For the others, path, size and times tell whether it is still that file.
     seen = {"path": str(case.path), "stamp": content.stamp(case.path), **_given_mpp(case)}
     found = config.tissue.model_dump(exclude={"folder", "windows"})
@@ -141,7 +189,7 @@ def _shared_inspection(case: Case, config: RunConfig) -> tuple[dict[str, Any], p
     receipt = sharing.find_receipt(config.share, address)
     if receipt is None:
         with publish.publishing(config.share, address, key, facts("look", case.slide_id), publish.accept) as attempt:
-            attempt.path.write_text(json.dumps(_inspect(case, config)), encoding="utf-8")
+            attempt.path.write_text(json.dumps(_inspect(root, case, config)), encoding="utf-8")
     inspection: dict[str, Any] = json.loads((config.share / address).read_text(encoding="utf-8"))
     return inspection, receipt
 
@@ -153,7 +201,7 @@ def _frame_settings(config: RunConfig) -> dict[str, Any]:
     return {"geometry": config.geometry.model_dump(), "tile_px": config.tiles.tile_px, "model": window}
 
 
-def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
+def _inspect(root: Path, case: Case, config: RunConfig) -> dict[str, Any]:
     """Open a slide, hash it and find its tissue; nothing of this depends on how windows are cut and scored.
 
     Returns:
@@ -167,7 +215,7 @@ def _inspect(case: Case, config: RunConfig) -> dict[str, Any]:
             corner = opened.facts.l0_bounds_corner
             remarks = [*dict.fromkeys(filter(None, [remark, *opened.facts.notes, chosen.note]))]
             overview = opened.kept_overview(chosen.downsample)
-        sha256 = content.sha256(case.path)
+        sha256 = first_pass.known_sha256(root, case.slide_id, signature) or content.sha256(case.path)
     kept = {} if overview is None else {"overview_png": base64.b64encode(overviews.as_png(overview)).decode()}
     return kept | {
         "sha256": sha256,
@@ -244,13 +292,15 @@ def is_ingested(source: Path, index: int) -> bool:
     return all(publish.has_recorded_size(source.parent, name) for name in _published_names(cases[index]))
 
 
-def record_key(case: Case, settings: PlanSettings, config: RunConfig) -> str:
+def record_key(root: Path, case: Case, settings: PlanSettings, config: RunConfig) -> str:
     """Return the key of the record of a slide.
 
     Raises:
         WsiflowError: A file that says where the slide is looked at is missing or cannot be read.
     """
-    given = {**_given_mpp(case), **region_hashes(case, config)}
+    given: dict[str, Any] = {**_given_mpp(case), **region_hashes(case, config)}
+    if settings.cascade is not None:
+        given["first"] = first_pass.heatmap_receipt(root, case.slide_id)["sha256"]
     return publish.key_of(slide=case.slide_id, settings=settings.of_tiles, **given)
 
 
@@ -290,6 +340,7 @@ def plan_settings(root: Path, config: RunConfig) -> PlanSettings:
         pixel_versions=record["pixels"],
         numeric_class=record["numeric_class"],
         calibration=record.get("calibration", ()),
+        cascade=first_pass.settings_of(root, config),
         certificate_windows=config.dense.windows,
         lesions=config.lesions,
         evaluation=config.evaluation,
@@ -432,6 +483,17 @@ def _follows(plan: Plan, source: Path) -> bool:
     except (OSError, WsiflowError):  # no engine was chosen for this configuration, or its model is gone
         return False
     return same and {one.slide_id for one in plan.slides} <= {case.slide_id for case in cases}
+
+
+def case_of(planned: SlidePlan) -> Case:
+    """Return a planned slide as a case: its path, its label and its truth."""
+    return Case(
+        planned.slide_id,
+        Path(planned.path),
+        label=planned.label,
+        annotation_path=Path(planned.annotation_path) if planned.annotation_path else None,
+        mask_path=Path(planned.mask_path) if planned.mask_path else None,
+    )
 
 
 def _slide_plan(case: Case, record: Mapping[str, Any]) -> SlidePlan:

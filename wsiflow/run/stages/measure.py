@@ -130,7 +130,8 @@ def _small_plan(folder: Path, root: Path, plan: Plan) -> tuple[Path, list[list[f
         slides.append(publish_piece(folder, root, slide, cut, f"{number}"))
         groups = [cut._replace(blocks=tuple(cut.group(k))) for k in range(1, len(cut.group_ranges) + 1)]
         weights.append([_area_px(slide, group) / px_tile for group in groups])
-    return publish_plan(folder, Plan(plan.settings, slides, ())), weights
+    alone = plan.settings.model_copy(update={"cascade": None})  # a first pass has no scores of these pieces
+    return publish_plan(folder, Plan(alone, slides, ())), weights
 
 
 def _costs(source: Path, weights: Sequence[Sequence[float]], shapes: int, all_slides: Sequence[SlidePlan]) -> Costs:

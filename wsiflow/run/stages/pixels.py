@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import IntegrityError
+from wsiflow.plan import geometry
 from wsiflow.plan.blocks import Block, origin_px, size_px
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import SlidePlan, read_cut
@@ -156,6 +157,34 @@ def planned_blocks(
                 opened = held.enter_context(open_planned(root, planned))
             parts = (pixels for pixels, _ in read_slide(opened, planned.frame, blocks))
         yield _normalised(planned.frame, zip(blocks, timed_reads(parts, timed), strict=True), timed, colours)
+
+
+def windows_at(root: Path, plan: Plan, planned: SlidePlan, cells: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the windows of cells of a slide's heatmap, uint8 (window, window, 3), wherever its blocks lie.
+
+    They are read from the slide one by one, in the colours that the network sees; colours are fitted for slides.
+
+    Args:
+        root: The run's folder.
+        plan: The plan.
+        planned: The slide, in the centred convention.
+        cells: int64 (n, 2), row and column of cells.
+
+    Raises:
+        InputError: The slide has changed or cannot be read.
+        SlideModified: The slide was written while it was read.
+        IntegrityError: The stain fit is missing.
+    """
+    if not len(cells):
+        return
+    frame, colours = planned.frame, Colours(root, plan, planned)
+    before, _ = geometry.window_reach_px(frame.window_px, frame.stride_px, frame.convention)
+    corners = cells[:, ::-1] * frame.stride_px - before
+    with open_planned(root, planned) as opened:
+        for x, y in corners.tolist():
+            region = opened.read_scaled(x, y, (frame.window_px, frame.window_px), l0_per_px=frame.l0_per_px)
+            block = Block(x // frame.tile_px, y // frame.tile_px, 1, 1, (0,))
+            yield colours.normalised(frame, block, region.rgb)
 
 
 def _normalised(

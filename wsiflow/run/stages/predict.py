@@ -13,9 +13,11 @@ from wsiflow.errors import IntegrityError
 from wsiflow.plan.blocks import Block, scored_cells
 from wsiflow.plan.geometry import Frame
 from wsiflow.plan.slide_plan import read_cut
-from wsiflow.run import store
+from wsiflow.run import first_pass, sharing, store
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan, task_key
+from wsiflow.run.sharing import SharedFile
+from wsiflow.run.stages import ingest
 from wsiflow.run.stages.network import calibration, check_numeric_class, timed_scorer
 from wsiflow.run.stages.pixels import Colours, planned_blocks
 from wsiflow.run.stages.stage import Stage
@@ -35,7 +37,9 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     root, task = source.parent, STAGE.task(plan, index)
     planned = plan.slides[task.slide]
     name, key = prediction_name(plan, task), task_key(root, plan, task)
-    done = publish.done(root, name, key)
+    # Trials are compared by what their scores cost, but a first pass is the same for all that differ in the other.
+    place = SharedFile(ingest.shared_folder(root) if first_pass.is_first_pass(root) else None, root, name, key)
+    done = sharing.done(place) if place.shared else publish.done(root, name, key)
     if done is not None:
         return done, False
     check_numeric_class(plan)
@@ -56,7 +60,7 @@ def predict(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         "key": key,
         "versions": receipt_facts["versions"],
     } | ({"classes": plan.settings.maps} if plan.settings.maps else {})
-    with publish.publishing(root, name, key, receipt_facts, verify) as attempt:
+    with sharing.publishing(place, receipt_facts, verify) as attempt:
         indices, colours = range(*cut.group_ranges[task.group - 1]), Colours(root, plan, planned)
         with planned_blocks(root, plan, planned, indices, attempt.timed, colours) as parts:
             scores = score.score(frame, parts, attempt.timed)

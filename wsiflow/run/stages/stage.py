@@ -17,7 +17,7 @@ def _always(_plan: Plan, _slide: int) -> bool:
     return True
 
 
-def _nothing(_maps: Sequence[str]) -> tuple[str, ...]:
+def _nothing(_maps: Sequence[str], _passes: int) -> tuple[str, ...]:
     return ()
 
 
@@ -39,8 +39,8 @@ class Stage(NamedTuple):
         steps: Names of the steps by which the receipts divide their seconds.
         is_due: Function that tells whether a run needs the stage for a slide.
         is_good: Function that tells whether a run accepts what is published of a slide.
-        beside: Function from the names of the further classes that are mapped to the names of the files that are
-            published beside the file; ``{slide}`` stands for the slide's id.
+        beside: Function from the names of the further classes that are mapped and the number of passes, 2 in a cascade,
+            to the names of the files that are published beside the file; ``{slide}`` stands for the slide's id.
         verified: How the driver verifies that a file is whole: by its hash, or by its size where every reader compares
             the bytes with the receipt or with checksums.
         serves_scores: Whether the files are not needed any more once the slide has its scores.
@@ -56,7 +56,7 @@ class Stage(NamedTuple):
     steps: tuple[str, ...]
     is_due: Callable[[Plan, int], bool] = _always
     is_good: Callable[[Path, Plan, int], bool] = _whatever_it_holds
-    beside: Callable[[Sequence[str]], tuple[str, ...]] = _nothing
+    beside: Callable[[Sequence[str], int], tuple[str, ...]] = _nothing
     verified: Literal["hash", "size"] = "hash"
     serves_scores: bool = False
     loads_network: bool = False
@@ -75,7 +75,8 @@ class Stage(NamedTuple):
 
     def beside_of(self, plan: Plan, slide: int) -> list[str]:
         """Return the names of the files that are published beside the file of a slide."""
-        return [name.format(slide=plan.slides[slide].slide_id) for name in self.beside(plan.settings.maps)]
+        names = self.beside(plan.settings.maps, 1 if plan.settings.cascade is None else 2)
+        return [name.format(slide=plan.slides[slide].slide_id) for name in names]
 
     def key_of(self, root: Path, plan: Plan, index: int) -> str:
         """Return the key under which a task publishes its file.

@@ -17,7 +17,7 @@ from wsiflow.heatmap import assembly, files
 from wsiflow.plan.geometry import Frame
 from wsiflow.run.costs import StageCost
 from wsiflow.run.plan import Plan, Task, read_plan
-from wsiflow.run.stages import network, predict
+from wsiflow.run.stages import ingest, network, predict
 from wsiflow.run.stages.stage import Stage
 from wsiflow.system import publish
 from wsiflow.system.provenance import facts
@@ -41,8 +41,10 @@ def stitch(source: Path, index: int) -> tuple[publish.Receipt, bool]:
         predict.published(root, plan, task)
     name, key = STAGE.product_of(plan, index), STAGE.key_of(root, plan, index)
     done = publish.done(root, name, key)
-    further = STAGE.beside_of(plan, index)
+    further = [name.format(slide=planned.slide_id) for name in map_files(plan.settings.maps)]
     missing = [n for n, each in enumerate(further, 1) if publish.done_if_present(root, each, key) is None]
+    if plan.settings.cascade is not None:
+        _publish_passes(root, plan, index)
     if done is not None and not missing:
         return done, False
     make_room(planned.frame)
@@ -73,6 +75,24 @@ def _publish_map(root: Path, plan: Plan, index: int, number: int, name: str) -> 
         attempt.receipt["counts"] = {"tiles": len(coord)}
         attempt.receipt["score"] = assembly.slide_score(heat)
     return attempt.receipt
+
+
+def _publish_passes(root: Path, plan: Plan, index: int) -> None:
+    """Publish which pass has scored each cell of a slide's heatmap, unless it is published already."""
+    planned, key = plan.slides[index], STAGE.key_of(root, plan, index)
+    name = passes_file(planned.slide_id)
+    if publish.done_if_present(root, name, key) is not None:
+        return
+    with publish.publishing(root, name, key, facts("passes", planned.slide_id), publish.accept) as attempt:
+        fine, passed = ingest.cells_of_passes(root, plan, planned)
+        passes = np.where(fine, np.uint8(files.OWN_PASS), np.where(passed, np.uint8(files.FIRST_PASS), np.uint8(0)))
+        with attempt.timed("write"):
+            files.write_passes(attempt.path, passes, um_px=cell_um(planned.frame))
+
+
+def passes_file(slide_id: str) -> str:
+    """Return the name of the file that says which pass has scored each cell of a slide's heatmap."""
+    return f"heatmaps/{slide_id}.passes.tif"
 
 
 def class_stems(names: Sequence[str]) -> list[str]:
@@ -133,6 +153,10 @@ def _key(root: Path, plan: Plan, task: Task) -> str:
     return publish.key_of(slide=plan.slides[task.slide].key, scores=predict.STAGE.published(root, plan, task.slide))
 
 
+def _beside(maps: Sequence[str], passes: int) -> tuple[str, ...]:
+    return (*map_files(maps), *([passes_file("{slide}")] if passes > 1 else []))
+
+
 STAGE = Stage(
     name="stitch",
     unit="slide",
@@ -141,5 +165,5 @@ STAGE = Stage(
     key=_key,
     cost=StageCost(0.5, 0.0005),
     steps=("stitch", "write"),
-    beside=map_files,
+    beside=_beside,
 )

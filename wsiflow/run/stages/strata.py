@@ -25,6 +25,7 @@ KINDS = ("detection", "lesion", "threshold", "rest")
 NEAR = 0.1
 """Distance of a score from the threshold of detections within which a small deviation may change the decision."""
 
+_LEAST_OF_REGION = 4  # cells that are drawn of each annotated region that is passed over
 _BLOCKS = 8  # from which windows of a kind are drawn at random
 _PEAK_BLOCKS = 16  # blocks are read whole: detections all over a large slide would have much of it read again
 
@@ -116,6 +117,72 @@ def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
     left = max(1, count // 8, count - sum(len(part.cells) for part in parts))
     parts += _of_blocks(grid, free & ~near, seed, _Wish(KINDS.index("rest"), left, _BLOCKS))
     return _ordered(grid, parts, chosen)
+
+
+class Passed(NamedTuple):
+    """The cells that were drawn from those that a first pass passes over.
+
+    Attributes:
+        cells: int64 (n, 2), row and column of each cell.
+        region: int64 (n,), number of the annotated region for which it was drawn; 0 for none.
+        weighing: How the cells were drawn; each is a unit of its own.
+    """
+
+    cells: Cells
+    region: NDArray[np.int64]
+    weighing: Weighing
+
+
+def draw_passed_over(
+    passed: NDArray[np.bool_],
+    first: NDArray[np.float32],
+    regions: NDArray[np.int32] | None,
+    *,
+    seed: str,
+    count: int,
+) -> Passed:
+    """Draw about ``count`` of the cells that a first pass passes over; more where many annotated regions have some.
+
+    A quarter is drawn inside annotated regions, and at least four cells of each. Of the others as many are drawn from
+    the tenth with the highest first scores, where a fine pass finds most, as from the other nine tenths.
+
+    Args:
+        passed: bool (rows, cols), the cells that are passed over.
+        first: float32 (rows, cols), their scores of the first pass.
+        regions: int32 (rows, cols), number of the annotated region that each cell lies in, 0 for none; None where it is
+            not known what is tumour.
+        seed: Key of the slide.
+        count: Number of cells.
+    """
+    kind, parts = len(KINDS), list[_Part]()
+    inside = np.zeros(passed.shape, np.int32) if regions is None else np.where(passed, regions, 0)
+    present = np.unique(inside[inside > 0]).tolist()
+    for number in present:
+        each = max(_LEAST_OF_REGION, count // 4 // len(present))
+        parts.append(_drawn(np.argwhere(inside == number), seed, each)._replace(kind=kind, region=number))
+    others = np.argwhere(passed & (inside == 0))
+    order = np.argsort(-first[tuple(others.T)], kind="stable")
+    highest = len(others) // 10
+    left = max(2, count - sum(len(part.cells) for part in parts))
+    for cells in (others[np.sort(order[:highest])], others[np.sort(order[highest:])]):
+        parts.append(_drawn(cells, publish.key_of(slide=seed, among=len(cells)), left // 2))
+    parts = [part._replace(unit=np.arange(len(part.cells))) for part in parts if len(part.cells)]
+    sizes = [len(part.cells) for part in parts]
+    return Passed(
+        np.concatenate([np.empty((0, 2), np.int64), *(part.cells for part in parts)]),
+        np.repeat(np.array([part.region for part in parts], np.int64), sizes),
+        Weighing(
+            np.concatenate([np.empty(0), *(part.weight for part in parts)]),
+            np.repeat(np.arange(len(parts)), sizes),
+            np.concatenate([np.empty(0, np.int64), *(part.unit for part in parts)]),
+        ),
+    )
+
+
+def _drawn(cells: Cells, seed: str, count: int) -> _Part:
+    """Draw some of the cells of a part; each stands for as many."""
+    drawn = cells[draw_indices(seed, among=len(cells), count=count)]
+    return _Part(drawn, np.full(len(drawn), len(cells) / max(1, len(drawn))), np.arange(len(drawn)), len(KINDS))
 
 
 class _Grid(NamedTuple):

@@ -6,8 +6,9 @@ and ``ingest``, and the plan for every later stage. The folder of that file is t
 published already does nothing.
 
 The stages, with what one task works on: ``choose`` (the run), ``ingest`` (a case), ``measure`` (the run), ``calibrate``
-(the run, for int8), ``stain`` (a slide), ``extract`` (a part of a slide), ``index`` (a slide), ``predict`` (a group),
-``certify``, ``stitch`` and ``detect`` (a slide), ``advise`` (the run, where a certificate exceeds the tolerance).
+(the run, for int8), ``threshold`` (the development slides of a cascade), ``stain`` (a slide), ``extract`` (a part of a
+slide), ``index`` (a slide), ``predict`` (a group), ``certify``, ``stitch`` and ``detect`` (a slide), ``advise`` (the
+run, where a certificate exceeds the tolerance).
 """
 
 import traceback
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from wsiflow.errors import EnvironmentFault, SlideModified, WsiflowError
 from wsiflow.run.executor.protocol import Outcome
-from wsiflow.run.stages import advice, calibrate, ingest, measure, precisions
+from wsiflow.run.stages import advice, calibrate, ingest, measure, precisions, threshold
 from wsiflow.run.stages.line import STAGES
 from wsiflow.run.stages.stage import Work
 from wsiflow.system import faults
@@ -75,4 +76,5 @@ _APART: dict[str, Work] = {
     "measure": measure.measure,
     "calibrate": calibrate.calibrate,
     "advise": advice.advise,
+    "threshold": threshold.choose,
 }
