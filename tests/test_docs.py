@@ -13,6 +13,7 @@ from flows.compose import compose_config
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
+    "docs/cluster.md",
     "docs/compare.md",
     "docs/deploy.md",
     "docs/mlflow.md",
@@ -24,7 +25,7 @@ PAGES = (
     "docs/truth.md",
 )
 # What composes only beside a folder of the user's own, or is wrong on purpose.
-ELSEWHERE = ("--config-dir", "inference.strid=")
+ELSEWHERE = ("--config-dir", "--wrap", "inference.strid=")
 OVERRIDE = re.compile(r"\+?[a-z_]+(\.[a-z_]+)*=\S+|\+?[a-z_]+(\.[a-z_]+)+=\S+")
 
 
