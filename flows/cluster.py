@@ -126,6 +126,16 @@ def _end(client: "Client", scratch: str, root: Path) -> str | None:
     return ended
 
 
+def _refused_by_system(error: BaseException) -> OSError | None:
+    """Return the error of the system that an error of Dask stems from, None where there is none."""
+    stem: BaseException | None = error
+    while stem is not None:
+        if isinstance(stem, OSError) and faults.number(stem):
+            return stem
+        stem = stem.__cause__ or stem.__context__
+    return None
+
+
 @contextmanager
 def _staffed(client: "Client", params: ExecutorParams, root: Path) -> Iterator[None]:
     """Start the workers of a cluster of jobs, and keep any cluster that was started here at its size.
@@ -182,13 +192,15 @@ def _local(workers: int, scratch: str) -> dict[str, Any]:
 def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
     """Start the cluster, or find it at its address, and return a client of it."""
     name = dask.cluster or "the local Dask cluster"
+    runner.logger.disabled = True  # what it would print of errors is said below
     try:
         return runner.client
     except (TypeError, ValueError) as error:
         cause = f"{name} refuses executor.dask.cluster_kwargs: {error}"
         raise InputError(cause, "see the keywords of its class", stage="configuration") from error
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and faults.number(error) and not dask.cluster + dask.address:
-            raise faults.worker_fault(error, "or take executor=inline") from error
+        refused = _refused_by_system(error)
+        if refused is not None and not dask.cluster + dask.address:
+            raise faults.worker_fault(refused, "or take executor=inline") from error
         cause = f"no Dask scheduler answers at {dask.address}" if dask.address else f"{name} does not start"
         raise EnvironmentFault(f"{cause}: {error}", "make sure that it can be reached, then run again") from error

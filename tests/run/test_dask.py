@@ -229,6 +229,23 @@ def test_what_does_not_start_is_named() -> None:
         pass
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount of its own needs root")
+def test_workers_without_semaphores_name_the_shared_memory(tmp_path: Path) -> None:
+    """Dask says that a nanny failed to start, and means that /dev/shm is read-only."""
+    code = "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:]\n"
+    code += "from test_dask import *\nfrom flows.terminal import bounded\nroot = Path(sys.argv[1])\n"
+    code += "if __name__ == '__main__':\n"
+    code += "    with cluster(params(workers=1), cores=1, root=root): print('started')"
+    (tmp_path / "start.py").write_text(code)
+    mounted = f'mount -t tmpfs -o ro none /dev/shm && exec "{sys.executable}" "$@"'
+    command = ["unshare", "-m", "sh", "-c", mounted, "sh", tmp_path / "start.py", tmp_path, *HERE.parents[:3]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr.startswith(("mount:", "unshare:")):
+        pytest.skip(done.stderr)
+    message = "/dev/shm: worker processes cannot be started (Read-only file system); mount it for writing, or take exec"
+    assert message in done.stderr.splitlines()[-1]
+
+
 def test_slurm_jobs_do_not_change_a_byte(
     slurm: dict[str, str], small_slides: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
