@@ -65,7 +65,10 @@ def make(params: ExecutorParams, site: Site) -> "Dask":
     dask = params.dask or DaskParams()
     lent = bool(dask.address)
     life = None if starts_all_workers(params) else _Life(site.root, threads=params.threads, lent=lent)
-    plugins = [_Worker(params.threads, life, lent=lent), *([_Nanny(life)] if life and not lent else [])]
+    plugins: list[_Worker | _Nanny] = [
+        _Worker(params.threads, life, lent=lent),
+        *([_Nanny(life)] if life and not lent else []),
+    ]
     return Dask(site.client, plugins, window=dask.window, memory_key=_memory_key(dask))
 
 
