@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command] = {
         Command("cancel", "cancel a run's array jobs and its driver, from its folder alone"),
         Command("model", "add a trained network, check its card on labelled patches, list models"),
         Command("completion", "a script that completes commands, keys, values and files in bash or zsh"),
-        Command("doctor", "machine, cores, versions"),
+        Command("doctor", "machine, versions, and what a run would miss"),
         Command("features", "thirty features of every slide of some runs, from their heatmaps"),
         Command("forest", "train a random forest on features, or score the slides of a run with it"),
         Command("compare", "what settings score and cost, with intervals, and which are worth their cost"),

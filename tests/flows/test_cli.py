@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,8 +172,21 @@ def test_doctor_tells_cores_and_versions(capsys) -> None:
     """The command prints what a bug report needs."""
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    assert "cores this process may use" in output
+    assert re.search(r"^  cores +this process may use \d+ of \d+ cores$", output, re.MULTILINE)
     assert "openslide-bin" in output
+
+
+def test_doctor_has_a_remedy_for_what_is_missing(preloaded, tmp_path: Path) -> None:
+    """A disk on which nothing can be published, and a temporary folder that does not exist."""
+    env = preloaded("links") | {"WSIFLOW_LINKS": "none", "WSIFLOW_RENAMES": "plain", "HOME": str(tmp_path)}
+    command = [BIN / "wsiflow", "doctor", "--cluster", "executor=process", "executor.threads=1"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 30
+    assert re.search(
+        r"^! folder .*neither hard links .* nor renames .*; choose another out=$", done.stdout, re.MULTILINE
+    )
+    assert re.search(r"^  cluster +a task of executor process ran on \S+, with \d+ cores", done.stdout, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
 
 
 def without_a_reader(*arguments: str) -> tuple[int, str]:
