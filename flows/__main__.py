@@ -20,6 +20,7 @@ from . import cli, logs, stopping, terminal
 
 def command() -> int:
     """Run the command of this process, and return the exit code with which the process ends."""
+    ensure_utf8()
     exit_code = main()
     if "dask_jobqueue" not in sys.modules:  # it deletes its certificates when its objects are torn down
         processes.skip_teardown(exit_code)
@@ -65,6 +66,15 @@ def open_closed_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - open() takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def ensure_utf8() -> None:
+    """Start anew with names of files as UTF-8, where an odd locale would have them read as something else.
+
+    What is read that way could not be written into a receipt.
+    """
+    if sys.getfilesystemencoding().lower() not in {"utf-8", "utf8"} and not sys.flags.utf8_mode:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
 
 
 def ensure_home() -> None:

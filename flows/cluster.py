@@ -8,9 +8,8 @@ import logging
 import pkgutil
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from wsiflow.run.stages import ingest
 from wsiflow.system import faults
 from wsiflow.system.machine import allocated_cores
 
-from . import logs, stopping
+from . import jobqueue, logs, stopping
 
 if TYPE_CHECKING:  # imported where there is a cluster: it takes seconds
     from distributed import Client
@@ -36,7 +35,6 @@ _SECURED: dict[str, Any] = {
     "protocol": "tls://",
     "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
 }
-_KEEP_S = 10.0
 # Dask checks once, so long after a worker was lost, whether it is back. A worker that died a second time and is being
 # restarted at that moment is ended for good.
 _LOST_WORKER_TIMEOUT = "60s"
@@ -54,7 +52,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
     if KINDS[params.kind].forks:
         stopping.shield()
     with (
-        cluster(params, cores=cores) as client,
+        cluster(params, cores=cores, root=root) as client,
         executor.make(params, cores=cores, root=root, client=client, needs=_needs(root)) as pool,
         stopping.at_stop(pool.stop),
     ):
@@ -97,12 +95,13 @@ class _StoppableExecutor:
 
 
 @contextmanager
-def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
+def cluster(params: ExecutorParams, *, cores: int, root: Path) -> "Iterator[Client | None]":
     """Yield a client of the run's Dask cluster, None for every other executor.
 
     Args:
         params: Where tasks run.
         cores: Cores that this process may use. A local cluster has as many workers, unless ``executor.workers`` is set.
+        root: The run's folder, in which jobs are noted.
 
     Raises:
         InputError: The class or its keywords are wrong.
@@ -116,33 +115,70 @@ def cluster(params: ExecutorParams, *, cores: int) -> "Iterator[Client | None]":
     with (
         tempfile.TemporaryDirectory(prefix="wsiflow-dask-") as scratch,
         dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_WORKER_TIMEOUT}),
-        _runner(params, cores, scratch) as runner,
+        jobqueue.private((params.dask or DaskParams()).cluster_kwargs, root) as kwargs,
+        ExitStack() as ends,
+        _runner(params, cores, scratch, kwargs, root) as runner,
     ):
         client = _client(runner, params.dask or DaskParams())
-        with _kept_at_size(client), stopping.at_stop(lambda: _end(client, scratch)):
+        ends.callback(jobqueue.remove_certificates, client.cluster)
+        with stopping.at_stop(lambda: _end(client, scratch, root)), _staffed(client, params, root):
             yield client
 
 
-def _end(client: "Client", scratch: str) -> None:
+def _end(client: "Client", scratch: str, root: Path) -> str | None:
     """End a cluster that was started here, with its processes, or with its jobs at a scheduler."""
+    ended = jobqueue.cancel(root)
     if client.cluster is not None:
         client.cluster.close()
     shutil.rmtree(scratch, ignore_errors=True)
+    return ended
 
 
-def _runner(params: ExecutorParams, cores: int, scratch: str) -> "DaskTaskRunner":
+def _refused_by_system(error: BaseException) -> OSError | None:
+    """Return the error of the system that an error of Dask stems from, None where there is none."""
+    stem: BaseException | None = error
+    while stem is not None:
+        if isinstance(stem, OSError) and faults.number(stem):
+            return stem
+        stem = stem.__cause__ or stem.__context__
+    return None
+
+
+@contextmanager
+def _staffed(client: "Client", params: ExecutorParams, root: Path) -> Iterator[None]:
+    """Start the workers of a cluster of jobs, and keep any cluster that was started here at its size.
+
+    Raises:
+        EnvironmentFault: The scheduler refuses the jobs.
+    """
+    from distributed import SpecCluster
+
+    if not isinstance(client.cluster, SpecCluster):
+        yield
+        return
+    dask = params.dask or DaskParams()
+    if dask.cluster.startswith(jobqueue.PREFIX):
+        jobqueue.start(client.cluster, dask, params.workers, root)
+    with jobqueue.kept(client.cluster, root):
+        yield
+
+
+def _runner(params: ExecutorParams, cores: int, scratch: str, given: Mapping[str, Any], root: Path) -> "DaskTaskRunner":
+    """Return the runner that starts the cluster with the given keywords, or connects to one at an address."""
     from prefect_dask.task_runners import DaskTaskRunner
 
     dask = params.dask or DaskParams()
     if dask.address:
         return DaskTaskRunner(address=dask.address)
-    path = dask.cluster or "distributed.LocalCluster"
+    path, adapt_kwargs = dask.cluster or "distributed.LocalCluster", dict(dask.adapt_kwargs)
     size = {"n_workers": params.workers} if params.workers else {}
-    keywords = size | _SECURED if path.startswith("dask_jobqueue.") else size
-    kwargs = {**(keywords if dask.cluster else _local(params.workers or cores, scratch)), **dask.cluster_kwargs}
+    kwargs = {**(size if dask.cluster else _local(params.workers or cores, scratch)), **given}
     try:
-        stopping.in_main_thread(lambda: pkgutil.resolve_name(path))
-        return DaskTaskRunner(cluster_class=path, cluster_kwargs=kwargs, adapt_kwargs=dict(dask.adapt_kwargs))
+        found: list[Any] = []
+        stopping.in_main_thread(lambda: found.append(pkgutil.resolve_name(path)))
+        if path.startswith(jobqueue.PREFIX):
+            kwargs, adapt_kwargs = _SECURED | jobqueue.keywords(found[0], kwargs, root), {}
+        return DaskTaskRunner(cluster_class=path, cluster_kwargs=kwargs, adapt_kwargs=adapt_kwargs)
     except (ImportError, AttributeError, ValueError) as error:
         remedy = "give the path of a class and install its package"
         raise InputError(f"executor.dask.cluster is {path}: {error}", remedy, stage="configuration") from error
@@ -164,32 +200,15 @@ def _local(workers: int, scratch: str) -> dict[str, Any]:
 def _client(runner: "DaskTaskRunner", dask: DaskParams) -> "Client":
     """Start the cluster, or find it at its address, and return a client of it."""
     name = dask.cluster or "the local Dask cluster"
+    runner.logger.disabled = True  # what it would print of errors is said below
     try:
         return runner.client
     except (TypeError, ValueError) as error:
         cause = f"{name} refuses executor.dask.cluster_kwargs: {error}"
         raise InputError(cause, "see the keywords of its class", stage="configuration") from error
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and faults.number(error) and not dask.cluster + dask.address:
-            raise faults.worker_fault(error, "or take executor=inline") from error
+        refused = _refused_by_system(error)
+        if refused is not None and not dask.cluster + dask.address:
+            raise faults.worker_fault(refused, "or take executor=inline") from error
         cause = f"no Dask scheduler answers at {dask.address}" if dask.address else f"{name} does not start"
         raise EnvironmentFault(f"{cause}: {error}", "make sure that it can be reached, then run again") from error
-
-
-@contextmanager
-def _kept_at_size(client: "Client") -> Iterator[None]:
-    """Keep the cluster at its size: jobs that end before the run does, at their time limit, are submitted again."""
-    from distributed import SpecCluster
-
-    ended = threading.Event()
-
-    def keep(cluster: SpecCluster) -> None:
-        while not ended.wait(_KEEP_S):
-            SpecCluster.scale(cluster, len(cluster.worker_spec))  # type: ignore[no-untyped-call]
-
-    if isinstance(client.cluster, SpecCluster):
-        threading.Thread(target=keep, args=(client.cluster,), daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()

@@ -1,9 +1,9 @@
-"""``wsiflow cancel``: cancel a run's array jobs and its driver, from its folder alone."""
+"""``wsiflow cancel``: cancel a run's jobs and its driver, from its folder alone."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from wsiflow.run.executor import jobs
+from wsiflow.run.executor import dask_jobs, jobs
 
 from ..terminal import say
 
@@ -15,6 +15,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Cancel the jobs and the driver, and print what was cancelled."""
-    for sentence in jobs.cancel(arguments.run):
+    sentences = dask_jobs.cancel(arguments.run)
+    if not sentences or (arguments.run / jobs.LOG).exists():
+        sentences += jobs.cancel(arguments.run)
+    for sentence in sentences:
         say(sentence)
     return 0

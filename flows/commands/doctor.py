@@ -2,26 +2,28 @@
 
 Each line begins with ``ok``, ``note`` (a run works, but a user should know) or ``FAULT`` (a run would fail), and what
 is not ok is followed by its remedy. The configuration is that of ``wsiflow run`` with the same overrides. With
-``--cluster`` the smallest real run goes through its executor, on a slide of its own.
+``--cluster`` a real worker of its executor does a task.
 """
 
+import fcntl
+import multiprocessing
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
+from wsiflow.errors import EnvironmentFault, Failure, InputError, WsiflowError
 from wsiflow.model.engines.cache import cache_folder
-from wsiflow.run import trace
 from wsiflow.run.config import RunConfig
 from wsiflow.run.executor import jobs
 from wsiflow.run.executor.dialect import Dialect
+from wsiflow.run.executor.params import ExecutorParams
+from wsiflow.run.executor.protocol import Slice
 from wsiflow.run.tracking.store import database
 from wsiflow.system import faults, machine, provenance, publish
 
@@ -32,7 +34,7 @@ _LEAST_FREE = 10e9  # of a disk: a run of one real slide with store=hdf5
 _LEAST_MEMORY = 4e9  # of a worker, see tiles.memory_mb
 _SHARED_MEMORY = Path("/dev/shm")
 _SCHEDULERS = ("slurm_array", "sge_array", "pbs_array", "lsf_array")
-_SLIDE_PX = 1024  # the smallest slide with tissue and a lesion
+_STAGE = "probe"
 
 State = Literal["ok", "note", "FAULT"]
 
@@ -53,7 +55,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.description = "Whether this machine or site can do a run: wsiflow doctor [overrides] [--cluster]"
     parser.add_argument("overrides", nargs="*", help="as for wsiflow run: executor=slurm_array out=/scratch/me/run")
     parser.add_argument(
-        "--cluster", action="store_true", help="send the smallest real run through the executor that the overrides name"
+        "--cluster", action="store_true", help="have a worker of the executor that the overrides name do a task, too"
     )
 
 
@@ -62,7 +64,7 @@ def main(arguments: Namespace) -> int:
     config = compose_config(["dataset=single", "dataset.path=none.svs", *_executor(arguments), *arguments.overrides])
     worst = [_told(name, check, config) for name, check in CHECKS.items()]
     if arguments.cluster and "FAULT" not in worst:
-        worst.append(_told("cluster", lambda config: _cluster(config, arguments), config))
+        worst.append(_told("cluster", _cluster, config))
     say("versions   " + ", ".join(f"{name} {version}" for name, version in provenance.versions().items()))
     return EnvironmentFault.exit_code if "FAULT" in worst else 0
 
@@ -73,18 +75,18 @@ def _told(name: str, check: Check, config: RunConfig) -> State:
     try:
         findings = list(check(config))
     except WsiflowError as error:
-        findings = [_fault(error)]
+        findings = [_fault(error.failure)]
     except OSError as error:
-        findings = [_fault(faults.fault(error, path=faults.subject(error)))]
+        findings = [_fault(faults.fault(error, path=faults.subject(error)).failure)]
     for state, text, remedy in findings:
         say(f"{name:11}{state:6}{text}{f'; {remedy}' if remedy else ''}")
         worst = max(worst, state, key=("ok", "note", "FAULT").index)
     return worst
 
 
-def _fault(error: WsiflowError) -> Finding:
-    path = error.failure.path
-    return Finding("FAULT", f"{path}: {error.cause}" if path else error.cause, error.remedy)
+def _fault(failure: Failure) -> Finding:
+    cause = " ".join(failure.cause.split())
+    return Finding("FAULT", f"{failure.path}: {cause}" if failure.path else cause, failure.remedy)
 
 
 # --- the machine
@@ -135,12 +137,25 @@ def _engine(config: RunConfig) -> Iterator[Finding]:
 
 
 def _folder(config: RunConfig) -> Iterator[Finding]:
-    """Publish in the folder of runs, as a run does first of all."""
-    out = config.out.absolute()
-    existing = next(each for each in (out, *out.parents) if each.exists())
+    """Publish in the folder of runs, as a run does first of all, and lock a file, as the store of MLflow does."""
+    existing = _existing(config.out)
     with tempfile.TemporaryDirectory(dir=existing, prefix=".wsiflow-doctor-") as name:
         publish.preflight(Path(name))
-    yield _with_free("files can be published in", existing)
+        yield _with_free("files can be published in", existing)
+        with tempfile.TemporaryFile(dir=name) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = f"this disk has no locks ({faults.cause(error)}); runs need none, but the store of MLflow does"
+                yield Finding(
+                    "note", text, "name a store elsewhere, or a server, as tracking.uri, or give tracking=off"
+                )
+
+
+def _existing(out: Path) -> Path:
+    """Return a folder that is to be made, or the nearest one above it that is there."""
+    whole = out.absolute()
+    return next(each for each in (whole, *whole.parents) if each.exists())
 
 
 def _temporary(_config: RunConfig) -> Iterator[Finding]:
@@ -166,12 +181,16 @@ def _cache(_config: RunConfig) -> Iterator[Finding]:
         yield Finding("ok", f"converted networks are kept in {folder}")
 
 
-def _shared_memory(config: RunConfig) -> Iterator[Finding]:
-    if config.executor.kind != "process":
-        yield Finding("ok", f"executor={config.executor.kind} needs none")
+def _processes(config: RunConfig) -> Iterator[Finding]:
+    """Make a lock that processes share, which needs /dev/shm."""
+    if config.executor.kind not in {"process", "dask"}:
+        yield Finding("ok", f"executor.kind={config.executor.kind} starts none here")
         return
-    with tempfile.NamedTemporaryFile(dir=_SHARED_MEMORY):
-        yield Finding("ok", f"{_SHARED_MEMORY} can be written")
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        raise faults.worker_fault(error, "or take executor=inline") from error
+    yield Finding("ok", "worker processes can be started")
 
 
 # --- services
@@ -247,14 +266,14 @@ CHECKS: dict[str, Check] = {
     "folder": _folder,
     "temporary": _temporary,
     "cache": _cache,
-    "/dev/shm": _shared_memory,
+    "processes": _processes,
     "Prefect": _prefect,
     "MLflow": _mlflow,
     "scheduler": _scheduler,
 }
 
 
-# --- a real run
+# --- a real worker
 
 
 def _executor(arguments: Namespace) -> list[str]:
@@ -269,31 +288,35 @@ def _executor(arguments: Namespace) -> list[str]:
     return [f"executor={present[0]}"]
 
 
-def _cluster(config: RunConfig, arguments: Namespace) -> Iterator[Finding]:
-    """Run the demo network over one small slide through the executor, in a folder beside those of runs."""
-    from wsiflow.slides.synthetic import dataset
+def _cluster(config: RunConfig) -> Iterator[Finding]:
+    """Have one worker of the executor do a task that says where it ran, in a folder beside that of runs."""
+    from wsiflow.run.executor import probe
 
-    parent = config.out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix="doctor-"))
-    folder.chmod(0o755)  # elements may run as somebody else
-    dataset.write_dataset(folder / "slides", size_px=_SLIDE_PX, seed=0, workers=1)
-    given = [
-        each for each in arguments.overrides if not each.startswith(("out=", "dataset", "orchestrator", "tracking"))
-    ]
-    fixed = ["dataset=single", f"dataset.path={folder}/slides/normal_001.tif", f"out={folder}/run"]
-    quick = ["inference.stride=112", "dense.windows=0", "evaluation.bootstrap=100", "orchestrator=none", "tracking=off"]
-    words = ["run", *_executor(arguments), *fixed, *quick, *given]
-    done = subprocess.run([sys.executable, "-m", "wsiflow.flows", *words], check=False)
-    if done.returncode:
-        text = f"the run through executor={config.executor.kind} ended with exit code {done.returncode}"
-        yield Finding("FAULT", text, f"its lines are above, its files in {folder}")
+    from ..cluster import workers
+
+    parent = _existing(config.out)
+    with tempfile.TemporaryDirectory(dir=parent, prefix="wsiflow-doctor-", ignore_cleanup_errors=True) as name:
+        root = Path(name)
+        root.chmod(0o755)  # workers may run as somebody else
+        (root / publish.ATTEMPTS).mkdir()
+        source = root / "source"
+        source.write_text(root.name, encoding="utf-8")
+        with workers(_brief(config.executor), root) as pool:
+            outcomes = list(pool.run(probe.work, source, _STAGE, [Slice(0, 1)]))
+    last = outcomes[-1]
+    if last.failure is not None:
+        yield _fault(last.failure)
         return
-    yield Finding("ok", _ended(trace.attempts(folder / "run")))
-    shutil.rmtree(folder)
+    facts, own = last.receipt or {}, provenance.versions()["wsiflow"]
+    worker = f"{facts['host']}, {facts['cores']} cores ({facts['isa']})"
+    text = f"a task of executor.kind={config.executor.kind} ran on {worker}"
+    if facts["wsiflow"] == own:
+        yield Finding("ok", text)
+    else:
+        yield Finding("FAULT", f"{text}, with wsiflow {facts['wsiflow']}", f"install wsiflow {own} there")
 
 
-def _ended(attempts: Sequence[Mapping[str, object]]) -> str:
-    """Return where the tasks of a run were done."""
-    hosts = sorted({str(each["host"]) for each in attempts if each.get("host")})
-    return f"{len(attempts)} tasks were done on {', '.join(hosts)}"
+def _brief(params: ExecutorParams) -> ExecutorParams:
+    """Return the settings of an executor with one worker, which does not wait for more work."""
+    array = params.array and params.array.model_copy(update={"idle_s": 0.0})
+    return params.model_copy(update={"workers": 1, "array": array})

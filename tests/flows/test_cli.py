@@ -198,6 +198,15 @@ def test_output_that_cannot_be_written_is_told_once() -> None:
     assert "standard output cannot be written: No space left on device" in done.stderr
 
 
+def test_names_of_files_are_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
+    """A command reads them in the encoding in which receipts hold them."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "wsiflow.flows", "status", "Schöß"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, check=False)
+    assert "Schöß" in done.stderr.decode("utf-8")
+    assert done.returncode == 20
+
+
 def test_streams_that_were_closed_before_lead_nowhere(tmp_path: Path) -> None:
     """A file that is opened does not get the number of a closed stream, and printing does not fail."""
     code = "import sys; from wsiflow.flows.__main__ import open_closed_streams; open_closed_streams()\n"

@@ -1,6 +1,9 @@
 """What ``wsiflow doctor`` says of this machine, and of one on which a run would fail."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from wsiflow.flows.__main__ import main
 from wsiflow.flows.commands.doctor import CHECKS
 from wsiflow.flows.compose import compose_config
 
+BIN = Path(sys.executable).parent
 PLAIN = ("orchestrator=none", "tracking=off")
 
 
@@ -66,3 +70,14 @@ def test_a_cluster_needs_a_scheduler(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["doctor", "--cluster"]) == 20
     assert "no scheduler has all commands in PATH; name an executor: executor=slurm_array or" in capsys.readouterr().err
+
+
+def test_disks_without_links_and_a_real_worker(preloaded, tmp_path: Path) -> None:
+    """A disk on which nothing can be published is a fault; on a better one a worker of the executor does a task."""
+    env = preloaded("links") | {"WSIFLOW_LINKS": "none", "WSIFLOW_RENAMES": "plain", "HOME": str(tmp_path)}
+    command = [BIN / "wsiflow", "doctor", *PLAIN, f"out={tmp_path}/run"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 30
+    assert re.search(r"^folder +FAULT .*neither hard links .* nor renames .*; choose another out=$", done.stdout, re.M)
+    assert main([*command[1:], "--cluster", "executor=inline"]) == 0
+    assert not [path for path in tmp_path.iterdir() if "doctor" in path.name]

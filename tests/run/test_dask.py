@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from distributed import Client, LocalCluster
 from slice_work import die_at_7, square, tell_pid_and_wait
 from small_runs import digests, over
 
+from flows import jobqueue
 from flows.cluster import cluster
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
-from wsiflow.run.executor import lifetime
+from wsiflow.run.executor import dask_jobs, lifetime
 from wsiflow.run.executor.params import DaskParams, ExecutorParams
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice
+from wsiflow.system import publish
 
 HERE = Path(__file__)
 
@@ -40,7 +42,7 @@ def params(workers: int = 2, threads: int = 1, **dask: object) -> ExecutorParams
 @contextmanager
 def dask(chosen: ExecutorParams) -> Iterator[tuple[Client, Executor]]:
     with (
-        cluster(chosen, cores=2) as client,
+        cluster(chosen, cores=2, root=HERE.parent) as client,
         executor.make(chosen, cores=2, root=HERE.parent, client=client) as pool,
     ):
         assert client is not None
@@ -143,6 +145,26 @@ def test_a_task_that_kills_its_worker_fails_alone(local) -> None:
     assert len(list(pool.run(square, HERE, "predict", slices(3)))) == 3
 
 
+def test_a_worker_beyond_its_memory_is_named(local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the limit and the settings that help; what a nanny has told is heard."""
+    client, pool = local
+    limit_mb = next(iter(client.scheduler_info()["workers"].values()))["memory_limit"] // 1_000_000
+    told = [(time.time() + 600, {"worker": "elsewhere", "pid": 1, "rss": 1})]
+    monkeypatch.setattr(client, "get_events", lambda topic: told if topic == "worker-restart-memory" else [])
+    outcomes = list(pool.run(die_at_7, HERE, "predict", slices(12, 3)))
+    (last,) = (o for o in outcomes if o.failure and not o.retried)
+    assert last.usage["exit_class"] == "memory"
+    assert f"exceeded its memory limit, {limit_mb} MB, each time" in last.failure.cause
+    assert last.failure.remedy.startswith("raise executor.dask.cluster_kwargs.memory_limit or lower tiles.memory_mb")
+
+
+def test_a_worker_that_is_nearly_full_goes_on(local) -> None:
+    """It would pause until results are spilled to disk, but holds none, and the run would wait for ever."""
+    client, _ = local
+    found = client.run(lambda dask_worker: dask_worker.memory_manager.memory_pause_fraction)
+    assert set(found.values()) == {False}
+
+
 def test_what_cannot_be_submitted_keeps_no_place(local, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice that cannot be submitted gives its place back, as does a caller that stops."""
     client, pool = local
@@ -160,7 +182,7 @@ def test_a_scheduler_that_ends_is_one_clear_error(tmp_path: Path) -> None:
     """A run at an address ends with one error and its remedy, and does not wait for ever."""
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as lent:
         chosen = params(address=lent.scheduler_address)
-        with cluster(chosen, cores=2) as client:
+        with cluster(chosen, cores=2, root=HERE.parent) as client:
             assert client is not None
             client._timeout = 1
             with executor.make(chosen, cores=2, root=tmp_path, client=client) as pool:
@@ -176,7 +198,7 @@ def test_of_a_lent_worker_the_run_is_charged_what_it_uses(tmp_path: Path) -> Non
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as lent:
         chosen = params(threads=3, address=lent.scheduler_address)
         began_s = time.monotonic()
-        with cluster(chosen, cores=2) as client:
+        with cluster(chosen, cores=2, root=HERE.parent) as client:
             with executor.make(chosen, cores=2, root=tmp_path, client=client) as pool:
                 list(pool.run(square, HERE, "stage", slices(3)))
             used_s = time.monotonic() - began_s
@@ -207,6 +229,23 @@ def test_what_does_not_start_is_named() -> None:
         pass
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount of its own needs root")
+def test_workers_without_semaphores_name_the_shared_memory(tmp_path: Path) -> None:
+    """Dask says that a nanny failed to start, and means that /dev/shm is read-only."""
+    code = "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:]\n"
+    code += "from test_dask import *\nfrom flows.terminal import bounded\nroot = Path(sys.argv[1])\n"
+    code += "if __name__ == '__main__':\n"
+    code += "    with cluster(params(workers=1), cores=1, root=root): print('started')"
+    (tmp_path / "start.py").write_text(code)
+    mounted = f'mount -t tmpfs -o ro none /dev/shm && exec "{sys.executable}" "$@"'
+    command = ["unshare", "-m", "sh", "-c", mounted, "sh", tmp_path / "start.py", tmp_path, *HERE.parents[:3]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr.startswith(("mount:", "unshare:")):
+        pytest.skip(done.stderr)
+    message = "/dev/shm: worker processes cannot be started (Read-only file system); mount it for writing, or take exec"
+    assert message in done.stderr.splitlines()[-1]
+
+
 def test_slurm_jobs_do_not_change_a_byte(
     slurm: dict[str, str], small_slides: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -227,7 +266,108 @@ def test_slurm_jobs_do_not_change_a_byte(
     queue = subprocess.run(["squeue", "-h", "-t", "PD,R"], env=env, capture_output=True, text=True, check=True)
     assert queue.stdout == ""
     jobs = subprocess.run(["scontrol", "show", "job"], env=env, capture_output=True, text=True, check=True).stdout
-    times = re.findall(r"JobName=dask-worker.*?RunTime=00:(\d+):(\d+)", jobs, re.DOTALL)
+    times = re.findall(r"JobName=run-dask.*?RunTime=00:(\d+):(\d+)", jobs, re.DOTALL)
     bill = sum(60 * int(minutes) + int(seconds) for minutes, seconds in times)
     summary = json.loads((out / "evaluation/summary.json").read_text())
     assert summary["cost.allocated_core_s"] == pytest.approx(bill, rel=0.03, abs=2 * len(times))
+
+
+@pytest.mark.parametrize(
+    ("walltime", "options"),
+    [
+        ("04:00:00", ["--lifetime", "13800s", "--lifetime-stagger", "300s"]),
+        ("1-12", ["--lifetime", "129000s", "--lifetime-stagger", "300s"]),
+        ("30", ["--lifetime", "1500s", "--lifetime-stagger", "150s"]),
+        ("some", []),
+    ],
+)
+def test_workers_end_before_their_walltime(walltime: str, options: list[str], tmp_path: Path) -> None:
+    """So long before that they hand over their work; what the user says of it is kept."""
+
+    class Cluster:
+        job_cls = object
+
+    given = {"walltime": walltime, "worker_extra_args": ["--no-dashboard"]}
+    found = jobqueue.keywords(Cluster, given | {"n_workers": 3}, tmp_path)
+    assert found["worker_extra_args"] == ["--no-dashboard", *options]
+    assert "n_workers" not in found, "one is started first"
+    own = {"walltime": walltime, "worker_extra_args": ["--lifetime=1h"]}
+    assert jobqueue.keywords(Cluster, own, tmp_path)["worker_extra_args"] == ["--lifetime=1h"]
+
+
+_A_DRIVER = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from flows.cluster import cluster
+from test_dask import of_jobs
+with cluster(of_jobs(Path(sys.argv[1])), cores=2, root=Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def of_jobs(root: Path, **changed: object) -> ExecutorParams:
+    """One worker that is a Slurm job."""
+    keywords = {
+        "cores": 1,
+        "memory": "500MB",
+        "walltime": "00:10:00",
+        "interface": "lo",
+        "security": True,
+        "protocol": "tls://",
+        "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
+        "shared_temp_directory": str(root / publish.ATTEMPTS),
+        "log_directory": str(root),
+    }
+    return params(workers=1, cluster="dask_jobqueue.SLURMCluster", cluster_kwargs=keywords | changed)
+
+
+def slurm_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_jobs_that_will_never_start_end_the_run(slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One job is submitted first: why it is refused, or will never start, is said at once, and none stays."""
+    call = slurm_of(slurm, monkeypatch)
+    refused = pytest.raises(
+        EnvironmentFault, match=r"submits no workers: .*Invalid partition name.*; correct executor\.d"
+    )
+    with refused, cluster(of_jobs(tmp_path, queue="nowhere"), cores=2, root=tmp_path):
+        pass
+    never = pytest.raises(EnvironmentFault, match=r"would never start: Partition\w+; correct executor\.dask")
+    call("scontrol", "update", "PartitionName=main", "MaxTime=5")
+    try:
+        with never, cluster(of_jobs(tmp_path), cores=2, root=tmp_path):
+            pass
+    finally:
+        call("scontrol", "update", "PartitionName=main", "MaxTime=UNLIMITED")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    absent = pytest.raises(EnvironmentFault, match="submits no workers: there is no command sbatch on this machine")
+    with absent, cluster(of_jobs(tmp_path), cores=2, root=tmp_path):
+        pass
+    monkeypatch.undo()
+    assert dask_jobs.open_jobs(tmp_path) == []
+    assert list((tmp_path / publish.ATTEMPTS).iterdir()) == [], "no certificate is left"
+
+
+def test_jobs_of_a_killed_driver_are_cancelled(slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder alone, and by the next start; jobs of a driver that may live are left to it."""
+    call = slurm_of(slurm, monkeypatch)
+    command = [sys.executable, "-c", _A_DRIVER, tmp_path, *map(str, HERE.parents[:3])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert any(line == "ready\n" for line in driver.stdout)
+        (job,) = dask_jobs.open_jobs(tmp_path)
+        assert dask_jobs.drop_left(tmp_path) == [], "its driver lives"
+        driver.kill()
+    assert job.job in call("squeue", "--noheader", "--format=%i|%j")
+    dask_jobs.note(tmp_path, "1000001", ["true"])
+    assert dask_jobs.drop_left(tmp_path) == [job.job]
+    assert [one.job for one in dask_jobs.own(tmp_path)] == ["1000001"]
+    publish.sweep_attempts(tmp_path)
+    assert list((tmp_path / publish.ATTEMPTS).iterdir()) == [], "no certificate is left"
+    states = call("scontrol", "--oneliner", "show", "job", job.job)
+    assert not re.search("JobState=(PENDING|RUNNING)", states)
+    assert f"JobName={tmp_path.name}-dask" in states

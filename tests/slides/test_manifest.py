@@ -435,6 +435,16 @@ def test_one_file_under_two_names_is_refused(tmp_path: Path, link: Callable[[Pat
         read_folder(tmp_path)
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Disks that were written in another encoding have such names, which no receipt could hold."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/Sch\xf6n.tif"))
+    path.touch()
+    with pytest.raises(InputError, match=r"the names of 1 slides are no UTF-8 text \(Sch\\xf6n\.tif\); rename them"):
+        read_folder(tmp_path)
+    with pytest.raises(ValidationError, match=r"the name is no UTF-8 text \(.*Sch\\xf6n\.tif\), rename it"):
+        SingleSlide(kind="single", path=path, limit=None, mpp=None)
+
+
 def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch) -> None:
     """The slides of such a folder would be left out silently, so it is named, with exit code 30."""
     for name in ("a.tif", "shut/b.tif", "open/too/c.tif"):

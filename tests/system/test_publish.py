@@ -1,5 +1,6 @@
 """Files appear whole or not at all, once and with a receipt, wherever the process is ended."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -277,6 +278,20 @@ def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: 
         publish.done(tmp_path, "a/b.bin", KEY)
     assert "b.bin" in str(caught.value)
     assert "delete" in str(caught.value)
+
+
+def test_a_file_that_another_program_writes_is_not_called_damaged(tmp_path: Path) -> None:
+    """HDF5 marks a file while it is open for writing, and takes the mark away: to delete it would be a loss."""
+    make(tmp_path)
+    with (tmp_path / "a/b.bin").open("r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b"open")
+        other.flush()
+        with pytest.raises(EnvironmentFault, match=r"another program has it open for writing.*; close it there"):
+            publish.done(tmp_path, "a/b.bin", KEY)
+        other.seek(0)
+        other.write(DATA[:4])
+    assert publish.done(tmp_path, "a/b.bin", KEY)
 
 
 def test_a_file_computed_again_has_its_former_bytes(tmp_path: Path) -> None:

@@ -130,6 +130,9 @@ def test_drivers_and_workers_elsewhere_add_up() -> None:
     receipts = [{"cpu_s": 100.0, "shared": True}, {"cpu_s": 1000.0}]
     assert cost.total_core_seconds(drivers, rows, receipts) == 1.0 + 10.0 + 20.0 + 4.0 + 100.0
     assert math.isnan(cost.total_core_seconds([], rows, receipts))
+    named = [row | {"driver": one.since} for row, one in zip(rows, drivers, strict=True)]
+    earlier = [row | {"submit": "2025-01-01T00:00:00"} for row in named]  # the clock was set back
+    assert cost.total_core_seconds(drivers, earlier, receipts) == 1.0 + 10.0 + 20.0 + 4.0 + 100.0
 
 
 def test_what_was_allocated_is_time_times_cores() -> None:

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wsiflow.run.executor import driver
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.system import publish, tables
 
@@ -61,14 +62,14 @@ def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> No
     used = outcome.usage or {}
     failure = "" if outcome.failure is None or outcome.retried else str(outcome.failure)
     row = {"stage": stage, "slide": slide, "group": group, "index": outcome.task, **used, "error": failure}
-    row["exit_code"] = outcome.exit_code
+    row["exit_code"], row["driver"] = outcome.exit_code, driver.since(root)
     row["exit_class"] = used.get("exit_class") or _CLASSES.get(outcome.exit_code, "")
     with _lock:
         publish.append_line(root / _LOG, json.dumps(row))
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:
-    """Return every logged attempt with the columns of `COLUMNS` and its clock, in the order of the log."""
+    """Return every logged attempt with the columns of `COLUMNS`, its clock and its driver, in the log's order."""
     path = root / _LOG
     if not path.exists():
         return []
@@ -122,8 +123,8 @@ def _row(entry: Mapping[str, Any], attempt: int) -> dict[str, Any]:
     used = {name: entry[name] for name in COLUMNS if name in entry}
     task = f"{entry['stage']} {entry['slide']}".strip() + (f" {entry['group']}" if entry["group"] else "")
     times = {"submit": submit, "start": start, "end": end, "queue_s": _between(submit, start)}
-    clock = entry.get("clock") or ["", 0.0]
-    return {**used, **times, "task": task, "group": entry["group"] or "", "attempt": attempt, "clock": clock}
+    known = {"group": entry["group"] or "", "clock": entry.get("clock") or ["", 0.0], "driver": entry.get("driver", "")}
+    return {**used, **times, **known, "task": task, "attempt": attempt}
 
 
 def _between(first: str, second: str) -> float | str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.slides import dicom
 from wsiflow.slides.names import folded
+from wsiflow.system import faults
 
 # A picture named after a slide with one of these words anywhere behind is drawn from the slide.
 _MASK_WORDS = frozenset({"mask", "masks", "segmentation", "groundtruth"})
@@ -72,6 +73,7 @@ def survey(root: Path, suffixes: Collection[str]) -> Survey:
     tree = _tree(root)
     _check_listed(root, tree)
     files = [path for path in tree.files if _is_like_a_slide(path, suffixes)]
+    _check_names(root, files)
     parents = {parent for path in files for parent in path.parents}
     folders = [path for path in tree.folders[1:] if path.suffix.lower() in suffixes and path not in parents]
     alike = set(files)
@@ -110,6 +112,15 @@ def _check_listed(root: Path, tree: "_Tree") -> None:
         listing = ", ".join(f"{fault.filename} ({fault.strerror})" for fault in tree.faults)
         remedy = "check the permissions and the mount, or list the slides in a manifest"
         raise EnvironmentFault(f"folders cannot be listed: {listing}", remedy, path=root)
+
+
+def _check_names(root: Path, files: Sequence[Path]) -> None:
+    """Refuse names whose bytes are no text, such as those of a disk that was written in another encoding."""
+    unreadable = [path.name for path in files if faults.as_text(str(path)) != str(path)]
+    if unreadable:
+        named = ", ".join(map(faults.as_text, unreadable[:_NAMED_KINDS]))
+        cause = f"the names of {len(unreadable)} slides are no UTF-8 text ({named})"
+        raise InputError(cause, "rename them, for example with convmv", path=root)
 
 
 # --- all files

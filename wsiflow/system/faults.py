@@ -106,6 +106,11 @@ def is_of_writing(error: OSError) -> bool:
     return number(error) in _OF_WRITING
 
 
+def as_text(name: str) -> str:
+    """Return a file's name with those of its bytes escaped that are no UTF-8 text."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def fault(error: OSError, *, path: object = "", stage: str = "") -> EnvironmentFault:
     """Return the error of the system as an `EnvironmentFault`.
 

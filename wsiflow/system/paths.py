@@ -9,6 +9,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
+from wsiflow.system import faults
+
 SQLITE = "sqlite:///"
 """The prefix of the URI of a SQLite database file."""
 
@@ -17,6 +19,13 @@ def _named(value: object) -> object:
     if value == "":
         raise ValueError("it is empty, but it must name a file or folder")
     return value
+
+
+def _of_text(path: Path) -> Path:
+    """Refuse a path with bytes that are no text: it could not be written into a receipt."""
+    if faults.as_text(str(path)) != str(path):
+        raise ValueError(f"the name is no UTF-8 text ({faults.as_text(str(path))}), rename it")
+    return path
 
 
 def _below_home(path: Path) -> Path:
@@ -43,6 +52,6 @@ def is_same(a: Path, b: Path) -> bool:
         return False
 
 
-NamedPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_below_home)]
+NamedPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_of_text), AfterValidator(_below_home)]
 AbsolutePath = Annotated[NamedPath, AfterValidator(Path.absolute)]
 StoreAddress = Annotated[str, AfterValidator(_absolute_store)]

@@ -10,6 +10,7 @@ A process is only reported as ended if this process would see it while it lived.
 import atexit
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 _PROC = Path("/proc")
 _SPACE_CHARS = 12
 _PARENT_POLL_S = 1.0
+_END_POLL_S = 0.1
 _ZOMBIE = "Z"  # it has ended, and its parent has not collected the exit status
 
 
@@ -74,6 +76,17 @@ def has_ended(process: Process) -> bool:
         pass
     state, started = _stat(process.pid)
     return state == _ZOMBIE or bool(started and process.born and started != process.born)
+
+
+def end(process: Process, *, patience_s: float) -> None:
+    """End a process that can be observed from here: ask it to, and kill it where that takes too long."""
+    patience = time.monotonic() + patience_s
+    with suppress(ProcessLookupError):  # it may end by itself meanwhile
+        os.kill(process.pid, signal.SIGTERM)
+        while not has_ended(process):
+            if time.monotonic() > patience:
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(_END_POLL_S)
 
 
 def start_ticks(pid: int) -> str:

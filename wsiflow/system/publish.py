@@ -15,6 +15,7 @@ Every change of the file system calls `_effect` first, so that a test can end th
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -159,6 +160,7 @@ def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
 
     Raises:
         IntegrityError: The file does not exist, or its size or SHA-256 is not that of the receipt.
+        EnvironmentFault: They are not, while another program has the file open for writing.
     """
     path = root / receipt["path"]
     remedy = f"delete {path} and {receipt_path(root, receipt['path'])}, then run again"
@@ -166,7 +168,22 @@ def check(root: Path, receipt: Receipt, *, largest: int | None = None) -> None:
         raise IntegrityError("the file was published, but no longer exists", remedy, path=path)
     hashed = largest is None or receipt["bytes"] <= largest
     if path.stat().st_size != receipt["bytes"] or (hashed and file_sha256(path) != receipt["sha256"]):
+        if _is_written(path):
+            cause = "another program has it open for writing, so that it is not as its receipt says"
+            raise EnvironmentFault(cause, "close it there, then run again", path=path)
         raise IntegrityError("the file's size or SHA-256 is not that of its receipt", remedy, path=path)
+
+
+def _is_written(path: Path) -> bool:
+    """Tell whether a program has locked a file as HDF5 does while it writes: until then the file may be whole again."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # the disk has no locks
+        pass
+    return False
 
 
 def attempt_folder(root: Path) -> Path:

@@ -15,13 +15,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from distributed import Client, Future, Nanny, NannyPlugin, Worker, WorkerPlugin, get_worker
 from distributed.comm.core import CommClosedError
-from distributed.scheduler import KilledWorker
+from distributed.core import Status
+from distributed.scheduler import KilledWorker, WorkerState
 
 from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor import lifetime
@@ -31,7 +33,10 @@ from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import now
 
 _ATTEMPTS = 3
+_EVENT_S = 1.0  # so long a nanny's word may take to arrive
+_TELL_S = 60.0  # between two warnings that nobody works
 _POLL_S = 1.0  # how often the workers are counted and the connection is checked
+_DEATHS = {"killed", "memory"}  # why attempts are lost whose worker died
 _FIRST = 1 << 30  # priority of a task that is retried alone, before any other that may kill its worker
 
 _logger = logging.getLogger(__name__)
@@ -60,22 +65,35 @@ def make(params: ExecutorParams, site: Site) -> "Dask":
     dask = params.dask or DaskParams()
     lent = bool(dask.address)
     life = None if starts_all_workers(params) else _Life(site.root, threads=params.threads, lent=lent)
-    plugins = [_Worker(params.threads, life, lent=lent), *([_Nanny(life)] if life and not lent else [])]
-    return Dask(site.client, plugins, window=dask.window)
+    plugins: list[_Worker | _Nanny] = [
+        _Worker(params.threads, life, lent=lent),
+        *([_Nanny(life)] if life and not lent else []),
+    ]
+    return Dask(site.client, plugins, window=dask.window, memory_key=_memory_key(dask))
+
+
+def _memory_key(dask: DaskParams) -> str:
+    """Return the setting that limits the memory of a worker."""
+    if dask.address:
+        return "the memory limit of the cluster's workers"
+    is_of_jobs = dask.cluster.startswith("dask_jobqueue.")
+    return f"executor.dask.cluster_kwargs.{'memory' if is_of_jobs else 'memory_limit'}"
 
 
 class Dask:
     """The executor of a Dask cluster; several threads may call `run` at once."""
 
-    def __init__(self, client: Client, plugins: "Sequence[_Worker | _Nanny]", *, window: int) -> None:
+    def __init__(self, client: Client, plugins: "Sequence[_Worker | _Nanny]", *, window: int, memory_key: str) -> None:
         """Store the client and the settings.
 
         Args:
             client: A client that is connected to the scheduler; it stays open.
             plugins: What prepares each worker and nanny.
             window: Most slices in flight at a time, per worker.
+            memory_key: The setting that limits the memory of a worker, in words for the user.
         """
         self._client, self._plugins, self._window = client, plugins, window
+        self._memory_key, self._memory_mb, self._told_s = memory_key, 0, time.monotonic()
         self._changed = threading.Condition()
         self._flying, self._room, self._counted_s = 0, window, -_POLL_S
         self._alone = threading.Lock()
@@ -118,10 +136,11 @@ class Dask:
         call = _Call(work, source, stage, f"{stage}-{uuid.uuid4().hex}")
         killed: list[int] = []
         for flight, ended in self._fly(call, slices, priority=0):
-            if ended == "killed":
+            if isinstance(ended, str) and ended in _DEATHS:
                 lo, hi, _ = flight.part
+                why = f" (beyond their memory limit, {self._memory_mb} MB)" if ended == "memory" else ""
                 _logger.warning(
-                    "%s: workers died during tasks %d to %d, which are retried one by one", stage, lo, hi - 1
+                    "%s: workers died%s during tasks %d to %d, which are retried one by one", stage, why, lo, hi - 1
                 )
                 killed.extend(range(lo, hi))
             yield from _outcomes_of(flight, ended)
@@ -135,18 +154,26 @@ class Dask:
             for flight, ended in self._fly(call, [Slice(index, index + 1)], priority=_FIRST):
                 outcomes += _outcomes_of(flight, ended)
         if outcomes[-1].retried:
-            cause = "the worker process died each time it ran (killed, out of memory, or a crash in a decoder)"
-            remedy = "give the workers more memory or find out what kills them, then run again"
-            fault = EnvironmentFault(cause, remedy, stage=call.stage)
+            fault = self._fault((outcomes[-1].usage or {})["exit_class"], call.stage)
             outcomes[-1] = outcomes[-1]._replace(failure=fault.failure, retried=False)
         return outcomes
+
+    def _fault(self, cause: str, stage: str) -> EnvironmentFault:
+        """Return the error of a task whose worker died each time it ran."""
+        if cause == "memory":
+            text = f"the worker process exceeded its memory limit, {self._memory_mb} MB, each time it ran"
+            remedy = f"raise {self._memory_key} or lower tiles.memory_mb, then run again"
+            return EnvironmentFault(text, remedy, stage=stage)
+        text = "the worker process died each time it ran (killed, out of memory, or a crash in a decoder)"
+        remedy = "give the workers more memory or find out what kills them, then run again"
+        return EnvironmentFault(text, remedy, stage=stage)
 
     def _fly(
         self, call: _Call, slices: Sequence[Slice], *, priority: int
     ) -> Iterator[tuple[_Flight, list[Outcome] | str]]:
         """Yield every attempt at a slice with its outcomes, or with the reason why it was lost.
 
-        An attempt that was ``cancelled`` is repeated; one that was ``killed`` is left to the caller.
+        An attempt that was ``cancelled`` is repeated; one whose worker died is left to the caller.
         """
         waiting = deque(_Flight(part, 1, "") for part in slices)
         flying: dict[Future[list[Outcome]], _Flight] = {}
@@ -163,7 +190,7 @@ class Dask:
                     future = landed.popleft()
                     flight = flying.pop(future)
                     try:
-                        ended = _ended(future)
+                        ended = self._ended(future, flight)
                     finally:
                         self._leave(future)
                     yield flight, ended
@@ -212,9 +239,40 @@ class Dask:
             remedy = "find out why the scheduler ended, then run again: what is done stays done"
             raise EnvironmentFault("the connection to the Dask scheduler is lost", remedy)
         workers = self._client.scheduler_info(n_workers=0).get("n_workers", 0)  # 0 while the client reconnects
+        self._tell_where_nobody_works(workers)
         with self._changed:  # without workers one window is submitted, so that an adaptive cluster starts some
             self._room = self._window * max(1, workers)
             self._changed.notify_all()
+
+    def _ended(self, future: "Future[list[Outcome]]", flight: _Flight) -> list[Outcome] | str:
+        """Return the outcomes of a slice, or why its attempt was lost: ``killed``, ``memory`` or ``cancelled``."""
+        try:
+            return future.result()
+        except KilledWorker as error:
+            since_s = datetime.fromisoformat(flight.submitted).timestamp()
+            return "memory" if self._exceeded_memory(error.last_worker, since_s) else "killed"
+        except (CancelledError, CommClosedError):
+            return "cancelled"
+
+    def _exceeded_memory(self, worker: WorkerState, since_s: float) -> bool:
+        """Tell whether nannies have ended workers for their memory since then; note how much these may have."""
+        end_s = time.monotonic() + _EVENT_S
+        with suppress(OSError, RuntimeError):
+            while time.monotonic() < end_s:
+                events = self._client.get_events("worker-restart-memory")
+                if any(event["worker"] == worker.address or at_s >= since_s for at_s, event in events):
+                    self._memory_mb = worker.memory_limit // 1_000_000
+                    return True
+                time.sleep(_EVENT_S / 5)
+        return False
+
+    def _tell_where_nobody_works(self, workers: int) -> None:
+        """Warn once a minute while the scheduler has no worker."""
+        if workers:
+            self._told_s = time.monotonic()
+        elif time.monotonic() - self._told_s >= _TELL_S:
+            self._told_s = time.monotonic()
+            _logger.warning("the Dask scheduler has no worker, and %d slices of work wait for one", self._flying)
 
     def _land(self, landed: "deque[Future[list[Outcome]]]", future: "Future[list[Outcome]]") -> None:
         with self._changed:
@@ -277,13 +335,20 @@ class _Worker(WorkerPlugin):
 
     def __init__(self, threads: int, life: _Life | None, *, lent: bool) -> None:
         self._threads, self._life, self._lent = threads, life, lent
+        self._paused_at: float | Literal[False] = False
 
     def setup(self, worker: Worker) -> None:
         limit_threads(self._threads)
+        # Near its memory limit a worker pauses until results are spilled to disk: without any it would wait for ever.
+        self._paused_at = worker.memory_manager.memory_pause_fraction
+        worker.memory_manager.memory_pause_fraction = False
+        if worker.status == Status.paused:
+            worker.status = Status.running
         if self._life is not None and (self._lent or worker.nanny is None):
             self._life.begin()
 
-    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - the signature of a plugin
+    def teardown(self, worker: Worker) -> None:
+        worker.memory_manager.memory_pause_fraction = self._paused_at
         if self._life is not None:
             self._life.end()
 
@@ -308,16 +373,6 @@ def _work_through(work: Work, source: Path, stage: str, lo: int, hi: int) -> lis
     with _turn:
         name = str(get_worker().name)
         return [outcome.with_usage(native_id=name) for outcome in work(source, stage, lo, hi)]
-
-
-def _ended(future: "Future[list[Outcome]]") -> list[Outcome] | str:
-    """Return the outcomes of a slice, or why its attempt was lost."""
-    try:
-        return future.result()
-    except KilledWorker:
-        return "killed"
-    except (CancelledError, CommClosedError):
-        return "cancelled"
 
 
 def _outcomes_of(flight: _Flight, ended: list[Outcome] | str) -> list[Outcome]:

@@ -42,7 +42,19 @@ class Spent(NamedTuple):
     elapsed_s: float | None = None
 
 
-_began_s: dict[Path, float] = {}  # when this process began to drive a run, by the run's folder
+class _Beginning(NamedTuple):
+    """When this process began to drive a run, ISO 8601, UTC, and in seconds of the monotonic clock."""
+
+    since: str
+    at_s: float
+
+
+_beginnings: dict[Path, _Beginning] = {}  # by the run's folder
+
+
+def since(root: Path) -> str:
+    """Return when this process began to drive a run, which names the driver among those of the run; empty for none."""
+    return _beginnings[root].since if root in _beginnings else ""
 
 
 @contextmanager
@@ -54,9 +66,9 @@ def recorded(root: Path, *, cores: int) -> Iterator[dict[str, Any]]:
         cores: Number of cores of workers that descend from this process; 0 where workers are elsewhere.
     """
     who = identity()
-    _began_s[root] = time.monotonic()
+    _beginnings[root] = _Beginning(now(), time.monotonic())
     ended: dict[str, Any] = {"exit_code": WsiflowError.exit_code}
-    _note(root, {"event": "driver", **who, "local": cores > 0, "cores": cores})
+    _note(root, {"at": since(root), "event": "driver", **who, "local": cores > 0, "cores": cores})
     try:
         yield ended
     except BaseException as error:
@@ -76,7 +88,8 @@ def _note(root: Path, line: Mapping[str, Any]) -> None:
 
 def note_spent(root: Path, core_s: float, start_s: float = 0.0) -> None:
     """Record the core-seconds of this driver and its descendants, how many of them are its start, and its time."""
-    elapsed_s = start_s + time.monotonic() - _began_s.get(root, time.monotonic())  # a start keeps one core busy
+    began_s = _beginnings[root].at_s if root in _beginnings else time.monotonic()
+    elapsed_s = start_s + time.monotonic() - began_s  # a start keeps one core busy
     numbers = {"core_s": round(core_s, 2), "start_s": round(start_s, 2), "elapsed_s": round(elapsed_s, 2)}
     _note(root, {"event": "spent", **identity(), **numbers})
 

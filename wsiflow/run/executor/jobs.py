@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -326,11 +325,5 @@ def _end_driver(history: History) -> str:
         return f"the driver was started on {driver.host}, or in another container: it stops by itself, or has ended"
     if not _drives_here(history):
         return "the driver had ended before"
-    patience = time.monotonic() + _DRIVER_S
-    with contextlib.suppress(ProcessLookupError):  # it may end by itself meanwhile
-        os.kill(driver.pid, signal.SIGTERM)
-        while processes.start_ticks(driver.pid) == driver.born:
-            if time.monotonic() > patience:
-                os.kill(driver.pid, signal.SIGKILL)
-            time.sleep(0.1)
+    processes.end(driver, patience_s=_DRIVER_S)
     return f"the driver, process {driver.pid}, was ended"

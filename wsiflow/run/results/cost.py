@@ -18,7 +18,7 @@ Conventions:
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any
 
@@ -118,13 +118,24 @@ def total_core_seconds(
     if not any(one.core_s for one in drivers):
         return math.nan
     total = math.fsum(receipt["cpu_s"] for receipt in receipts if receipt.get("shared"))
-    starts = [*(one.since for one in drivers[1:]), None]
-    for one, end in zip(drivers, starts, strict=True):
+    for one, own in zip(drivers, _attempts_of(drivers, attempts), strict=True):
         total += one.core_s or 0.0
         if one.core_s is None or not one.local:
-            own = (row for row in attempts if one.since <= row["submit"] and (end is None or row["submit"] < end))
             total += math.fsum(float(row.get("core_s") or 0.0) for row in own)
     return total
+
+
+def _attempts_of(
+    drivers: Sequence[Spent], attempts: Sequence[Mapping[str, Any]]
+) -> "Iterator[list[Mapping[str, Any]]]":
+    """Yield the attempts of each driver: those that name it; of former versions those until the next one started."""
+    starts = [*(one.since for one in drivers[1:]), "9"]
+    for one, end in zip(drivers, starts, strict=True):
+        yield [
+            row
+            for row in attempts
+            if row.get("driver") == one.since or (not row.get("driver") and one.since <= row["submit"] < end)
+        ]
 
 
 def total_metrics(
@@ -155,16 +166,14 @@ def allocated_metrics(
         Two numbers; NaN where a driver has not recorded its cores, as in runs of former versions.
     """
     total_s = math.nan if not drivers or any(one.cores is None for one in drivers) else elsewhere_s
-    starts = [*(one.since for one in drivers[1:]), None]
-    for one, end in zip(drivers, starts, strict=True):
-        total_s += (one.cores or 0) * (_known_life_s(one, end, attempts) if one.elapsed_s is None else one.elapsed_s)
+    for one, own in zip(drivers, _attempts_of(drivers, attempts), strict=True):
+        total_s += (one.cores or 0) * (_known_life_s(one, own) if one.elapsed_s is None else one.elapsed_s)
     return {"cost.allocated_core_s": total_s, ALLOCATED: total_s / 3600.0}
 
 
-def _known_life_s(one: Spent, end: str | None, attempts: Sequence[Mapping[str, Any]]) -> float:
-    """Return the seconds from the start of a driver to the end of the last attempt before the next driver starts."""
-    ends = [row["end"] for row in attempts if one.since <= row["submit"] and (end is None or row["submit"] < end)]
-    last = datetime.fromisoformat(max([one.since, *ends]))
+def _known_life_s(one: Spent, own: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds from the start of a driver to the end of its last attempt."""
+    last = datetime.fromisoformat(max([one.since, *(row["end"] for row in own)]))
     return (last - datetime.fromisoformat(one.since)).total_seconds()
 
 
