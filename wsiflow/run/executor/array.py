@@ -644,6 +644,8 @@ class ArrayJobs:
             one.seen = seen
         if one.unfit:  # it has ended by itself, and said why
             return True
+        if one.warned_s is not None and seen is None:
+            return True
         if seen is None or not (self._dialect.is_alive(seen.state) or self._dialect.is_stuck(seen.state)):
             return self._is_gone_for_good(array, one, poll)
         if self._dialect.is_stuck(seen.state):
@@ -696,8 +698,8 @@ class ArrayJobs:
         if not has:
             if end.cause != "cancelled":
                 self._fruitless.setdefault(array.request, {})[array.name] = end
-            text = "element %s died (%s) before it took any work; its %s"
-            _logger.warning(text, native, end, ends.ending(log))
+            when = "while it had no work" if one.taken else "before it took any work"
+            _logger.warning("element %s died (%s) %s; its %s", native, end, when, ends.ending(log))
         for name in has:
             pieces.finish(self._root, array.name, one.place.number, name)
             posted = self._posted.pop(name, None)

@@ -188,7 +188,11 @@ def describe(end: End, *, native: str, times: int, request: Request, log: Path) 
     if end.cause == "cancelled":
         return f"element {native} was cancelled{words} ({resources}; log {log})"
     if end.cause == "start":
-        return f"element {native} could not start{words} ({resources}; {ending(log)})"
+        where = f"; {ending(log)}" if log.exists() else ""
+        return f"element {native} could not start{words} ({resources}{where})"
+    if end.cause == "killed" and end.words:
+        often = f"died {times} times, at last" if times > 1 else "ended"
+        return f"element {native} {often} with {end.words} ({resources}; {ending(log)})"
     often = f"died {times} times, at last of" if times > 1 else "died of"
     return f"element {native} {often} {_IN_WORDS[end.cause]}{words} ({resources}; {ending(log)})"
 
