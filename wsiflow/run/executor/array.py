@@ -620,7 +620,7 @@ class ArrayJobs:
         _logger.warning(
             "%s: %s; task %d is posted again for an element with more memory than %s MB",
             posted.piece.call.stage,
-            outcome.failure.cause,
+            " ".join(outcome.failure.cause.split()),
             outcome.task,
             f"{array.request.memory_mb:,}",
         )

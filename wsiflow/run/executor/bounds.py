@@ -106,9 +106,7 @@ def minutes(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         return math.inf
-    days, first, second, third = (None if part is None else int(part) for part in match.groups())
-    if days is not None:
-        return days * 1440 + first * 60 + (second or 0) + (third or 0) / 60
-    if third is not None:
-        return first * 60 + (second or 0) + third / 60
-    return first + (second or 0) / 60
+    days, first, second, third = (float(part or 0) for part in match.groups())
+    if match[1]:
+        return days * 1440 + first * 60 + second + third / 60
+    return first * 60 + second + third / 60 if match[4] else first + second / 60
