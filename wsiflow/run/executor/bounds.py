@@ -98,7 +98,7 @@ def _partitions(
         return typed[1].split(",")
     if environ.get("SBATCH_PARTITION"):
         return environ["SBATCH_PARTITION"].split(",")
-    return [row["partition"] or "" for row in rows if row.get("default")]
+    return [*dict.fromkeys(row["partition"] or "" for row in rows if row.get("default"))]
 
 
 def minutes(text: str) -> float:
