@@ -766,6 +766,21 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
     assert left == stays
 
 
+def test_an_element_that_waits_is_not_lost_whatever_the_queue_lists(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A site may give jobs other names: asked by its id, the element waits, and nothing is submitted again."""
+    script = "echo >> asked; [ $(wc -l < asked) -lt 3 ] && echo JobState=PENDING || echo JobState=CANCELLED"
+    folder = commands(squeue="", sbatch="echo >> sent; echo 7", scontrol=script)
+    pool = ArrayJobs(params("slurm", poll_s=0.01, grace_s=0, limit=5), root=tmp_path, workers=0, threads=1)
+    with pool:
+        (outcome,) = pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1)])
+    assert outcome.usage is not None
+    assert outcome.usage["exit_class"] == "cancelled"
+    assert len((folder / "asked").read_text().splitlines()) == 4, "twice it waits, and once more for the cause"
+    assert len((folder / "sent").read_text().splitlines()) == 1
+
+
 def test_a_driver_stops_where_there_is_a_newer_one(commands: Callable[..., Path], tmp_path: Path) -> None:
     """A driver whose run was started elsewhere submits nothing, and does not touch the arrays of the other driver."""
     commands(squeue="")

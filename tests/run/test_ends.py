@@ -213,6 +213,19 @@ def test_bounds_are_those_of_the_partition(monkeypatch: pytest.MonkeyPatch) -> N
     assert bounds.read(params("sge", memory_resource="h_vmem")).memory_mb == math.inf
 
 
+def test_a_scheduler_without_its_accounts_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An element that the accounts do not know yet is no reason for it, a file that is missing is."""
+    answers = iter(["error: job id 9 not found", *["error: /var/accounting: No such file or directory"] * 2])
+    monkeypatch.setattr(jobs, "call", lambda command: jobs.Answer(command, 1, "", next(answers)))
+    for _ in range(3):
+        assert ends.report_of(params("sge"), {"job": "9", "index": 1}) == ""
+    (said,) = caplog.messages
+    assert said.startswith("qacct cannot tell how elements end")
+    assert said.endswith("/var/accounting: No such file or directory")
+
+
 def test_an_end_is_told_in_the_words_of_whoever_knows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The element itself, then the scheduler and who cancelled it, then the last line of the log."""
     answers = {"scontrol": "JobId=9 JobState=CANCELLED Reason=None ExitCode=0:15", "sacct": "CANCELLED by 0\n"}
