@@ -22,7 +22,7 @@ from flows.__main__ import main
 from flows.compose import compose_config
 from flows.literal import literal
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run.executor import array, element, jobs, pieces, submission
+from wsiflow.run.executor import array, element, jobs, pieces, submission, waiting
 from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
@@ -619,9 +619,12 @@ def test_a_queue_that_is_full_for_this_user_is_waited_for(
     folder = commands(sbatch=SBATCH.replace("ROOM", "1"), squeue=SQUEUE.replace("PYTHON", python))
     (tmp_path / "plan.json").write_text("{}")
     made = params("slurm", poll_s=0.01, grace_s=60, idle_s=0)
+    told = []
+    monkeypatch.setattr(waiting, "write", lambda _root, view: told.append(view.refused))
     with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
         outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
     assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == [0, 1]
+    assert (told[0], told[-1]) == ("sbatch: error: AssocMaxSubmitJobLimit", "")
     assert (folder / "asked").read_text().split()[:4] == ["2"] * 3 + ["1"], "three tries, then half"
     assert "Slurm refused another array, which is submitted again later: sbatch: error: AssocMaxSubmit" in caplog.text
 

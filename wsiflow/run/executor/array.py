@@ -510,7 +510,7 @@ class ArrayJobs:
             job = self._dialect.submitted(answer.stdout) if not answer.returncode else ""
             job = job or self._find(name)  # it may have been accepted although the answer was lost
             if job:
-                self._full_s = _FULL_S
+                self._full_s, self._watch.refused = _FULL_S, ""
                 self._queue.widen()
                 return job
         self._log.append("ended", name=name)
@@ -522,6 +522,7 @@ class ArrayJobs:
                 self._full_s, 2 * self._params.poll_s if not is_full else math.inf
             )
             self._full_s = min(2 * self._full_s, _LONGEST_FULL_S)
+            self._watch.refused = refusal
             text = "%s refused another array, which is submitted again later: %s"
             _logger.warning(text, self._dialect.name, refusal)
             return ""
