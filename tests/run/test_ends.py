@@ -250,24 +250,37 @@ def test_an_end_is_told_in_the_words_of_whoever_knows_it(monkeypatch: pytest.Mon
     )
 
 
-@pytest.mark.parametrize("needs", [[], ["absent"]])
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [
+        ({"needs": ["/absent/a.svs"]}, "does not see /absent/a.svs"),
+        ({"version": "0.0.1"}, "and the run is of 0.0.1"),
+        (
+            {"kind": {"isa": "abacus", "torch": "other"}},
+            ", and the run began on abacus: scores would have other last bits",
+        ),
+        ({"scratch": "/absent"}, "has no scratch folder /absent: No such file or directory"),
+    ],
+)
 def test_an_element_checks_its_node_and_says_what_it_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], needs: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lacks: dict[str, object],
+    words: str,
 ) -> None:
-    """Its file and its log say where it runs and what is missing there; another version of wsiflow is missing too."""
+    """Its file and its log say where it runs, and what it lacks there."""
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.delenv("TMPDIR", raising=False)
     table = tmp_path / "arrays/a.json"
     table.with_suffix("").mkdir(parents=True)
     about = {"index": "SLURM_ARRAY_TASK_ID", "base": 0, "elements": 1, "threads": 1, "idle_s": 0}
-    about |= {"request": {"memory_mb": 1, "minutes": 9}, "needs": [str(tmp_path / name) for name in needs]}
-    table.write_text(json.dumps(about | ({} if needs else {"version": "0.0.1"})))
+    table.write_text(json.dumps({**about, "request": {"memory_mb": 1, "minutes": 9}, **lacks}))
     assert element.run(table) == 30
     (written,) = table.with_suffix("").iterdir()
     (line,) = map(json.loads, written.read_text().splitlines())
-    missing = f"does not see {tmp_path}/absent" if needs else "and the run is of 0.0.1"
-    assert missing in line["unfit"]
-    assert missing in capsys.readouterr().out
+    assert words in line["unfit"]
+    assert words in capsys.readouterr().out
 
 
 def test_an_element_records_that_it_is_about_to_be_killed(tmp_path: Path) -> None:

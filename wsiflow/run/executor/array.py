@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -86,17 +86,30 @@ class Posted(NamedTuple):
     expected_s: float = 0.0
 
 
+class Nodes(NamedTuple):
+    """What every node must have.
+
+    Attributes:
+        needs: Files and folders that it has to see.
+        kind: The numeric class that it must be of; None for that of the first node that works.
+    """
+
+    needs: Sequence[Path] = ()
+    kind: Mapping[str, str] | None = None
+
+
 def make(params: ExecutorParams, site: Site) -> "ArrayJobs":
     """Return the executor for the scheduler that the settings describe."""
     assert params.array is not None, "the settings of this kind have it"
-    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads, needs=site.needs)
+    nodes = Nodes(site.needs, site.numeric_class)
+    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads, nodes=nodes)
 
 
 class ArrayJobs:
     """The executor of array jobs; several threads may call `run` at once."""
 
     def __init__(
-        self, params: ArrayParams, *, root: Path, workers: int, threads: int, needs: Sequence[Path] = ()
+        self, params: ArrayParams, *, root: Path, workers: int, threads: int, nodes: "Nodes | None" = None
     ) -> None:
         """Store the settings; the scheduler is not called yet.
 
@@ -105,11 +118,11 @@ class ArrayJobs:
             root: The run's folder, which has the same path on every node.
             workers: Most elements in the queue at a time, over all arrays; 0: ``params.window``.
             threads: Number of threads of the network in each element.
-            needs: Files and folders that every node has to see.
+            nodes: What every node must have; None for nothing.
         """
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
         self._form = submission.Form(params, self._root, workers, threads)
-        self._needs = [str(path) for path in needs]
+        self._nodes = nodes or Nodes()
         self._requests = ends.Requests(params)
         self._log, self._queue = JobLog(self._root), Queue(params, workers=workers)
         self._watch = QueueWatch(params, self._root)
@@ -468,7 +481,8 @@ class ArrayJobs:
             "threads": self._form.threads,
             "submitted": now(),
             "version": importlib.metadata.version("wsiflow"),
-            "needs": self._needs,
+            "needs": [str(path) for path in self._nodes.needs],
+            "kind": self._nodes.kind,
             "scratch": self._params.scratch,
             "request": request._asdict(),
             "elements": size,
@@ -584,7 +598,8 @@ class ArrayJobs:
         self._has_begun = True
         about = ", ".join(f"{node[key]}{' cores' * (key == 'cores')}" for key in ("cores", "isa") if key in node)
         text = "elements   %s is the first to work, on %s (%s): it sees the run's folder%s"
-        more = f" and {len(self._needs)} other paths" if self._needs else ""
+        n_needs = len(self._nodes.needs)
+        more = f" and {n_needs} other path{'s' * (n_needs != 1)}" if n_needs else ""
         NOTES.info(text, self._native(array, one.place.number), node.get("host", "?"), about, more)
 
     def _deliver(self, array: Array, one: Element, name: str, outcome: Outcome) -> None:
@@ -593,6 +608,8 @@ class ArrayJobs:
         if posted is None:
             return
         outcome = outcome.with_usage(**self._known(array, one, posted.piece))
+        if not self._nodes.kind and (outcome.receipt or {}).get("numeric_class"):  # of the task that chooses the engine
+            self._nodes = self._nodes._replace(kind=(outcome.receipt or {})["numeric_class"])
         if outcome.failure and (outcome.usage or {}).get("exit_class") == "memory" and posted.batch:
             outcome = self._with_more_memory(array, posted, outcome)
         if not outcome.retried:

@@ -47,6 +47,8 @@ _NOT_PASSED = {"WSIFLOW_SWEEP"}  # the overrides as they were typed, which may h
 _LOOK_S, _LONGEST_LOOK_S = 0.5, 5.0  # between two looks for more work
 _SPARE_S = 60.0  # of the requested time: for the start before this process knew of it, and the end
 _SLOWER = 1.5  # times as long as the longest piece so far may the next one take
+#: What must not differ from node to node, of the numeric class; its versions are those of the same environment.
+_KIND = {"machine": "machine type", "vendor": "processor of", "isa": "instruction set"}
 _WARNING = signal.SIGUSR2  # by which Grid Engine announces that it is about to kill
 
 
@@ -117,6 +119,11 @@ def _unfit(job: Mapping[str, Any], until_end: ExitStack) -> str:
     version = importlib.metadata.version("wsiflow")
     if version != job.get("version", version):
         return f"node {here} has wsiflow {version}, and the run is of {job['version']}"
+    kind = numeric_class(job["threads"])
+    for name in _KIND.keys() & (job.get("kind") or {}).keys():
+        if kind[name] != job["kind"][name]:
+            differs = f"node {here} has the {_KIND[name]} {kind[name]}, and the run began on {job['kind'][name]}"
+            return f"{differs}: scores would have other last bits there"
     if job.get("scratch"):
         try:
             folder = tempfile.mkdtemp(prefix="wsiflow-", dir=os.path.expandvars(job["scratch"]))
