@@ -22,7 +22,7 @@ from flows.__main__ import main
 from flows.compose import compose_config
 from flows.literal import literal
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run.executor import array, element, jobs, pieces, submission, waiting
+from wsiflow.run.executor import element, jobs, pieces, submission, submitter, waiting
 from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
@@ -435,7 +435,7 @@ def test_elements_are_as_many_as_pieces_but_within_the_limits(
             places = [SimpleNamespace(place=Place(name, i)) for i in range(size)]
             return SimpleNamespace(name=name, request=request, open=places)
 
-        pool._start = start  # type: ignore[assignment,method-assign]
+        pool._submitter.start = start  # type: ignore[assignment,method-assign]
         for request in requests:
             waiting = [name for name in pieces.posted(Path(folder)) if pieces.request_of(name) == request]
             assert len(waiting) == requests[request]
@@ -614,7 +614,7 @@ def test_a_queue_that_is_full_for_this_user_is_waited_for(
     commands: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Jobs of other runs fill what a user may have: the run says so, waits, and asks for fewer at a time."""
-    monkeypatch.setattr(array, "_FULL_S", 0.01)
+    monkeypatch.setattr(submitter, "_FULL_S", 0.01)
     python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
     folder = commands(sbatch=SBATCH.replace("ROOM", "1"), squeue=SQUEUE.replace("PYTHON", python))
     (tmp_path / "plan.json").write_text("{}")
@@ -714,10 +714,10 @@ def test_an_array_taken_over_is_expected_until_all_its_elements_have_ended(
     """Two shards need what two elements of an array that was left have: it is open until both have said their end."""
     commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
     first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
-    first._send = lambda *_: "7"  # type: ignore[method-assign]
+    first._submitter.send = lambda *_: "7"  # type: ignore[method-assign]
     request = first._request(Tries())
     call = Call(element.dotted(work), "plan.json", "predict")
-    first._start("predict-a", request, 2)
+    first._submitter.start("predict-a", request, 2)
     for task in (0, 1):
         name = pieces.post(tmp_path, Piece(call, task, task + 1), request, task)
         assert pieces.take(tmp_path, "predict-a", task, [name]) == name
@@ -760,7 +760,7 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
             (tmp_path / ".attempts" / attempt / "scores.h5").touch()
         return "9"
 
-    pool._send = send  # type: ignore[method-assign]
+    pool._submitter.send = send  # type: ignore[method-assign]
     with pool:
         (outcome,) = pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1)])
     assert outcome.usage is not None

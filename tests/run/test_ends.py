@@ -180,7 +180,7 @@ def test_an_element_with_more_than_was_requested_counts() -> None:
             {"retries": 1},
             "find the reason in the log, then run again (executor.array.retries is 1)",
         ),
-        ("start", Bounds(), {}, "correct what it names, in executor.array or on the node"),
+        ("start", Bounds(), {}, "correct what it names, or name other nodes (executor.array.partition"),
         ("cancelled", Bounds(), {}, "run again to do it"),
     ],
 )

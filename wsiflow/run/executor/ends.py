@@ -26,7 +26,7 @@ _LINE_CHARS = 300
 _GROWING = ("memory", "time")
 _REMEDIES = {
     "cancelled": "run again to do it",
-    "start": "correct what it names, in executor.array or on the node, then run again",
+    "start": "correct what it names, or name other nodes (executor.array.partition or exclude), then run again",
 }
 _IN_WORDS = {
     "memory": "lack of memory",

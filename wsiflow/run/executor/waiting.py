@@ -65,10 +65,9 @@ def counts(arrays: Iterable[Queued]) -> str:
 
 def write(root: Path, view: View) -> None:
     """Write what is in the queue; a disk that refuses is reported by the next file that matters."""
+    values = {**view._asdict(), "arrays": [array._asdict() for array in view.arrays]}
     with suppress(OSError):
-        publish.write_view(
-            root, _VIEW, json.dumps(view._replace(arrays=[*map(Queued._asdict, view.arrays)])._asdict()).encode()
-        )
+        publish.write_view(root, _VIEW, json.dumps(values).encode())
 
 
 def read(root: Path) -> View | None:
