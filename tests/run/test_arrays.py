@@ -260,7 +260,9 @@ def test_an_element_that_is_held_is_submitted_again(slurm_here: str, tmp_path: P
     assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
 
 
-def test_elements_cancelled_by_hand_are_not_replaced(scheduler: str, tmp_path: Path) -> None:
+def test_elements_cancelled_by_hand_are_not_replaced(
+    scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """One that waits and one that works are cancelled: the others do what nobody had begun."""
     running = Running(settings(scheduler, throttle=2), write_source(tmp_path, wait=[0, 2]), pairs(6))
     wait_for(began(tmp_path, 0))
@@ -283,6 +285,9 @@ def test_elements_cancelled_by_hand_are_not_replaced(scheduler: str, tmp_path: P
     assert [outcome.task for outcome in failed] == [0, 1]
     assert all("was cancelled" in outcome.failure.cause and "run again" in outcome.failure.remedy for outcome in failed)
     assert len(events(tmp_path, "intent")) == 1
+    words = "JobState=CANCELLED" if scheduler == "slurm" else "ended by Grid Engine after "
+    assert f"{works} was lost (cancelled: {words}" in caplog.text
+    assert scheduler == "sge" or f"{job}_{works} has ended as CANCELLED; what it wrote is awaited" in caplog.text
 
 
 def test_an_error_in_the_driver_cancels_what_it_taken(slurm_here: str, tmp_path: Path) -> None:
@@ -532,6 +537,8 @@ def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
     traced = {row["task"]: row["native_id"] for row in rows(out / "trace.csv")}
     assert len([task for task in traced if task.startswith("predict ")]) == len(predicted), "all are heard of"
     assert len(set(traced.values())) < len(traced) / 2, "elements do one task after another"
+    logs = "".join(path.read_text() for path in (out / "logs").rglob("*.log"))
+    assert " predict task 0: predictions/" in logs
 
 
 @pytest.mark.slow
