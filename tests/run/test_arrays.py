@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -390,6 +391,21 @@ def test_what_waits_is_told_with_the_reason(scheduler: str, tmp_path: Path, capl
     assert squares(running.end()) == {task: task**2 for task in range(4)}
     assert waiting.describe(tmp_path) == []
     assert caplog.text.count("waits until somebody acts") == 1
+
+
+def test_an_element_in_error_is_given_up_by_its_reason(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Grid Engine keeps what it could not start in error, and knows why as long as it is there; another try is vain."""
+    use("sge", request, monkeypatch)
+    running = Running(settings("sge", extra="-h", grace_s=4.0), write_source(tmp_path), [Slice(0, 1)])
+    job = job_of(tmp_path)
+    shutil.rmtree(tmp_path / "logs")
+    call("qrls", job)
+    (outcome,) = running.end()
+    assert outcome.usage["exit_class"] == "start"
+    assert f"element {job} could not start: error: can't open output file" in outcome.failure.cause
+    assert len(events(tmp_path, "intent")) == 1
 
 
 def test_a_reason_that_no_waiting_cures_ends_the_work_by_name(slurm_here: str, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ SITE = {
 SITE_OPTIONS = {
     "slurm": "--partition=short,long --account=12 --qos=high --constraint=avx512 --reservation=r1 --exclude=n1,n2"
     " --mail-user=a@b.org --mail-type=END,FAIL '--comment=a test'",
-    "sge": "-q short,long -P 12 -ar r1 -l 'hostname=!(n1,n2)' -l gpu=1 -M a@b.org -m a -ac 'comment=a test'",
+    "sge": "-q short,long -P 12 -ar r1 -l 'hostname=!(n1|n2)' -l gpu=1 -M a@b.org -m a -ac 'comment=a test'",
     "pbs": "-q short,long -A 12 -l gpu=1 -M a@b.org -m a",
     "lsf": "-q short,long -P 12 -sla high -R 'select[avx512]' -U r1 -u a@b.org -N -Jd 'a test'",
 }
