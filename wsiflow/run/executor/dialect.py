@@ -364,7 +364,8 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
     )
     scratch: Value = Field(
         default=None,
-        description="Folder on a disk of the node for temporary files, such as $TMPDIR or /scratch. null: the node's.",
+        description="Folder on a disk of the node, such as $TMPDIR or /scratch, for temporary files and for files that "
+        "are being written; they are copied to the run's folder when they are complete. null: they are written there.",
     )
     extra: Words = Field(
         description="More options of every submission: a list, or one text as it would be typed in a shell."

@@ -30,7 +30,7 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.redaction import without_secrets
 from wsiflow.run.executor import pieces
 from wsiflow.run.executor.protocol import Outcome, Work
-from wsiflow.system import processes
+from wsiflow.system import processes, publish
 from wsiflow.system.machine import ISA_PINS, limit_threads, numeric_class
 from wsiflow.system.usage import now
 
@@ -42,7 +42,7 @@ _PASSED = (
     *("HDF5_USE_FILE_LOCKING", "HDF5_PLUGIN_PATH", "APPTAINER_BIND", "SINGULARITY_BIND"),
     *ISA_PINS,
 )
-_NOT_PASSED = {"WSIFLOW_SWEEP"}  # the overrides as they were typed, which may hold secrets
+_NOT_PASSED = {"WSIFLOW_SWEEP", publish.SCRATCH}  # the overrides as they were typed, which may hold secrets
 
 _LOOK_S, _LONGEST_LOOK_S = 0.5, 5.0  # between two looks for more work
 _SPARE_S = 60.0  # of the requested time: for the start before this process knew of it, and the end
@@ -130,7 +130,7 @@ def _unfit(job: Mapping[str, Any], until_end: ExitStack) -> str:
         except OSError as error:
             return f"node {here} has no scratch folder {job['scratch']}: {error.strerror}"
         until_end.callback(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        os.environ[publish.SCRATCH] = os.environ["TMPDIR"] = tempfile.tempdir = folder
     return ""
 
 
