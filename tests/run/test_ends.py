@@ -99,6 +99,23 @@ def test_grid_engine_tells_why_jobs_wait_and_why_they_are_in_error() -> None:
     assert dialect.cause("Eqw", "", began=False, reason="") == "node"
 
 
+PENDS = """\
+JOBID   USER    STAT  QUEUE      FROM_HOST   EXEC_HOST   JOB_NAME   SUBMIT_TIME
+7678    user1   PEND  priority   hostD                   a[1]       Oct 28 13:08
+ Queue's resource requirements not satisfied:3 hosts;
+ Unable to reach slave lsbatch server: 1 host;
+"""
+
+
+def test_pbs_and_lsf_tell_why_jobs_wait() -> None:
+    """The comment of PBS and the pending reasons of LSF, as they are documented."""
+    comment = "    Job_Name = a\n    comment = Not Running: Insufficient amount of resource: ncpus\n"
+    assert params("pbs").dialect.explained(comment) == "Not Running: Insufficient amount of resource: ncpus"
+    assert params("lsf").dialect.explained(PENDS) == (
+        "Queue's resource requirements not satisfied:3 hosts; Unable to reach slave lsbatch server: 1 host"
+    )
+
+
 @pytest.mark.parametrize(
     ("reason", "hopeless", "held"),
     [
