@@ -37,6 +37,12 @@ class Bounds(NamedTuple):
     cores: float = math.inf
     where: str = "of this cluster"
 
+    def as_text(self) -> str:
+        """Return the bounds in words, without those that the scheduler does not tell."""
+        values = ((self.memory_mb, "MB"), (self.minutes, "min"), (self.cores, "cores"))
+        known = [f"{value:,.0f} {unit}" for value, unit in values if value < math.inf]
+        return f"{', '.join(known)} {self.where}" if known else "unknown"
+
     def require(self, *, memory_mb: int, minutes: int, threads: int) -> None:
         """Refuse a request that nothing here can ever meet.
 
