@@ -19,8 +19,9 @@ from wsiflow.run.cases import needed_paths
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import DaskParams, ExecutorParams, starts_all_workers, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
+from wsiflow.run.plan import latest_plan
 from wsiflow.run.stages import ingest
-from wsiflow.system import faults
+from wsiflow.system import faults, publish
 from wsiflow.system.machine import allocated_cores
 
 from . import jobqueue, logs, stopping
@@ -53,7 +54,9 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         stopping.shield()
     with (
         cluster(params, cores=cores, root=root) as client,
-        executor.make(params, cores=cores, root=root, client=client, needs=_needs(root)) as pool,
+        executor.make(
+            params, cores=cores, root=root, client=client, needs=_needs(root), numeric_class=_numeric_class(root)
+        ) as pool,
         stopping.at_stop(pool.stop),
     ):
         yield _StoppableExecutor(pool)
@@ -70,6 +73,11 @@ def _needs(root: Path) -> Sequence[Path]:
     """Return what every node has to see besides the run's folder; nothing where its slides are not listed yet."""
     path = ingest.newest_cases(root)
     return needed_paths(path) if path else ()
+
+
+def _numeric_class(root: Path) -> Mapping[str, str] | None:
+    """Return the class of machines that the run is planned for; None where there is no plan yet."""
+    return latest_plan(root).settings.numeric_class if publish.generations(root, "plan.json") else None
 
 
 class _StoppableExecutor:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor.protocol import Outcome
 
 
@@ -13,7 +14,8 @@ def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
     """Do the tasks of a slice.
 
     In the source, ``exit`` gives exit codes by task, with which the process ends there. ``wait`` lists tasks that wait
-    until a file ``go`` exists. ``environ`` names environment variables whose values are in the receipts.
+    until a file ``go`` exists, and ``starve`` tasks that fail for lack of memory. ``environ`` names environment
+    variables whose values are in the receipts.
     """
     behaviour = json.loads(source.read_text())
     for task in range(lo, hi):
@@ -23,6 +25,10 @@ def work(source: Path, stage: str, lo: int, hi: int) -> Iterator[Outcome]:
             os._exit(behaviour["exit"][str(task)])
         while first and task in behaviour.get("wait", ()) and not (source.parent / "go").exists():
             time.sleep(0.1)
+        if first and task in behaviour.get("starve", ()):
+            failure = EnvironmentFault("failed to map segment", "free memory").failure
+            yield Outcome(task, None, executed=True, failure=failure, usage={"exit_class": "memory"})
+            continue
         seen = {name: os.environ.get(name) for name in behaviour.get("environ", ())}
         yield Outcome(task, {"square": task**2, "first": first, "environ": seen}, executed=True)
 

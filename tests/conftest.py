@@ -157,11 +157,18 @@ def preloaded(once: Once) -> Callable[[str], dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What to add to the environment to use a real Slurm of one node, whose arrays have at most five elements."""
+    """What to add to the environment to use a real Slurm of one node, whose arrays have at most five elements.
+
+    Its partition ``short`` allows two minutes, and ``labs`` is for accounts that do not exist.
+    """
     _needs_root_and("slurmctld", "slurmd", "munged")
     folder = tmp_path_factory.mktemp("slurm")
     controller, node = _free_ports()
-    ports = {"SLURMCTLD_PORT": controller, "SLURMD_PORT": node, "SLURM_EXTRA": "MaxArraySize=5"}
+    here = socket.gethostname().partition(".")[0]
+    extra = f"""MaxArraySize=5
+PartitionName=short Nodes={here} MaxTime=2 State=UP
+PartitionName=labs Nodes={here} AllowAccounts=labs State=UP"""
+    ports = {"SLURMCTLD_PORT": controller, "SLURMD_PORT": node, "SLURM_EXTRA": extra}
     with _daemons("slurm", folder, ports):
         yield {"SLURM_CONF": str(folder / "slurm.conf")}
 

@@ -64,7 +64,8 @@ def _changed(params: ExecutorParams, settings: Sequence[str]) -> ExecutorParams:
             raise InputError(f"{setting} is no setting of the executor", remedy, stage="configuration")
         place = values
         for name in names[:-1]:
-            place = place.get(name) or {}
+            place[name] = inner = place.get(name) or {}
+            place = inner
         place[names[-1]] = yaml.safe_load(text)
     try:
         return ExecutorParams.model_validate(values)

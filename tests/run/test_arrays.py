@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,8 +22,9 @@ from array_work import work
 from small_runs import COARSE, digests, rows, wsiflow
 from wsiflow.flows.__main__ import main
 
+from wsiflow.errors import EnvironmentFault
 from wsiflow.run import executor
-from wsiflow.run.executor import jobs, lifetime
+from wsiflow.run.executor import jobs, lifetime, waiting
 from wsiflow.run.executor.array import ArrayJobs
 from wsiflow.run.executor.dialect import Dialect, Place, Seen
 from wsiflow.run.executor.params import ExecutorParams
@@ -283,8 +285,10 @@ def test_an_element_that_is_held_is_submitted_again(slurm_here: str, tmp_path: P
     assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "node")]
 
 
-def test_elements_cancelled_by_hand_are_not_replaced(scheduler: str, tmp_path: Path) -> None:
-    """One that waits is cancelled, on Slurm one that works too: the others do what nobody had begun."""
+def test_elements_cancelled_by_hand_are_not_replaced(
+    scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that waits and one that works are cancelled: the others do what nobody had begun."""
     running = Running(settings(scheduler, throttle=2), write_source(tmp_path, wait=[0, 2]), pairs(6))
     wait_for(began(tmp_path, 0))
     wait_for(began(tmp_path, 2))
@@ -292,20 +296,23 @@ def test_elements_cancelled_by_hand_are_not_replaced(scheduler: str, tmp_path: P
     for name, tasks in pieces_of(tmp_path, "predict").items():
         with_work[int(name.partition("/")[0].rpartition(".")[2])] = tasks
     (waits,) = ({0, 1, 2} if scheduler == "slurm" else {1, 2, 3}) - with_work.keys()
+    works = next(number for number, tasks in with_work.items() if 0 in tasks)
     if scheduler == "slurm":
-        works = next(number for number, tasks in with_work.items() if 0 in tasks)
         call("scancel", f"{job}_{waits}", f"{job}_{works}")
     else:
         call("qdel", job, "-t", str(waits))
-    wait_for(lambda: len(queued(scheduler).splitlines()) < (2 if scheduler == "slurm" else 5))
+        call("qdel", job, "-t", str(works))
+    wait_for(lambda: len(queued(scheduler).splitlines()) < (2 if scheduler == "slurm" else 4))
     (tmp_path / "go").touch()
     outcomes = running.end()
-    lost = [0, 1] if scheduler == "slurm" else []
-    assert squares(outcomes) == {task: task**2 for task in range(6) if task not in lost}
+    assert squares(outcomes) == {task: task**2 for task in range(2, 6)}
     failed = [outcome for outcome in outcomes if outcome.receipt is None]
-    assert [outcome.task for outcome in failed] == lost
+    assert [outcome.task for outcome in failed] == [0, 1]
     assert all("was cancelled" in outcome.failure.cause and "run again" in outcome.failure.remedy for outcome in failed)
     assert len(events(tmp_path, "intent")) == 1
+    words = "JobState=CANCELLED" if scheduler == "slurm" else "ended by Grid Engine after "
+    assert f"{works} was lost (cancelled: {words}" in caplog.text
+    assert scheduler == "sge" or f"{job}_{works} has ended as CANCELLED; what it wrote is awaited" in caplog.text
 
 
 def test_an_error_in_the_driver_cancels_what_it_taken(slurm_here: str, tmp_path: Path) -> None:
@@ -389,10 +396,128 @@ def test_what_others_see_of_a_job_holds_no_secret(
 
 def test_a_refusal_is_reported_in_the_words_of_the_scheduler(slurm_here: str, tmp_path: Path) -> None:
     """A partition that does not exist ends the run at once, with the message of Slurm."""
-    from wsiflow.errors import EnvironmentFault
-
     with pytest.raises(EnvironmentFault, match=r"refused an array of 2: .*partition"):
         run(settings(slurm_here, extra=["--partition=nowhere"]), write_source(tmp_path), pairs(4))
+
+
+def test_what_waits_is_told_with_the_reason(scheduler: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Elements that somebody holds: `wsiflow status` has them with the reason, and the log names it once."""
+    reason = "JobHeldUser" if scheduler == "slurm" else "Job is in hold state"
+    running = Running(
+        settings(scheduler, extra="--hold" if scheduler == "slurm" else "-h"), write_source(tmp_path), pairs(4)
+    )
+    wait_for(lambda: reason in waiting.text(tmp_path))
+    job = job_of(tmp_path)
+    (told,) = waiting.describe(tmp_path)
+    assert told.startswith(f"array job {job}: 2 wait ({reason}) (200 MB, 5 min each), as of 20")
+    wait_for(lambda: f"array job {job} waits until somebody acts: {reason}" in caplog.text)
+    call(*(["scontrol", "release", job] if scheduler == "slurm" else ["qrls", job]))
+    assert squares(running.end()) == {task: task**2 for task in range(4)}
+    assert waiting.describe(tmp_path) == []
+    assert caplog.text.count("waits until somebody acts") == 1
+
+
+def test_an_element_in_error_is_given_up_by_its_reason(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Grid Engine keeps what it could not start in error, and knows why as long as it is there; another try is vain."""
+    use("sge", request, monkeypatch)
+    running = Running(settings("sge", extra="-h", grace_s=4.0), write_source(tmp_path), [Slice(0, 1)])
+    job = job_of(tmp_path)
+    shutil.rmtree(tmp_path / "logs")
+    call("qrls", job)
+    (outcome,) = running.end()
+    assert outcome.usage["exit_class"] == "start"
+    assert f"element {job} could not start: error: can't open output file" in outcome.failure.cause
+    assert len(events(tmp_path, "intent")) == 1
+
+
+def test_a_reason_that_no_waiting_cures_ends_the_work_by_name(slurm_here: str, tmp_path: Path) -> None:
+    """A partition for others: the elements are cancelled, and the message has the reason of Slurm."""
+    outcomes = run(settings(slurm_here, partition="labs"), write_source(tmp_path), pairs(2))
+    assert {outcome.exit_code for outcome in outcomes} == {30}
+    assert "Slurm never starts it: Job's account not known, so it can't use this partition" in outcomes[0].failure.cause
+    assert len(events(tmp_path, "intent")) == 1
+    assert queued(slurm_here) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({"partition": "short"}, "no job of short may run for 5 min, the limit is 2"),
+        ({"extra": "-p short"}, "no job of short may run for 5 min, the limit is 2"),
+        ({"memory_mb": 10**8}, r"no node of main has 100,000,000 MB, the largest has "),
+    ],
+)
+def test_what_no_node_can_meet_is_not_submitted(
+    slurm_here: str, tmp_path: Path, changed: dict[str, Any], cause: str
+) -> None:
+    """Slurm would accept the first two, and let them wait for ever."""
+    with pytest.raises(EnvironmentFault, match=cause):
+        run(settings(slurm_here, **changed), write_source(tmp_path), pairs(2))
+    assert not events(tmp_path, "intent")
+
+
+def test_grid_engine_is_asked_before_it_accepts_what_it_can_never_run(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """More slots than any host has: Grid Engine would accept it and let it wait for ever."""
+    use("sge", request, monkeypatch)
+    params = settings("sge").model_copy(update={"threads": 999})
+    with pytest.raises(EnvironmentFault, match=r'refused an array of 1: .*PE "smp" because it only offers 0 slots'):
+        run(params, write_source(tmp_path), pairs(2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "needs", "words"),
+    [
+        ({"command": ["/nowhere/wsiflow"]}, [], "/nowhere/wsiflow: No such file or directory"),
+        ({}, ["absent.svs"], "does not see"),
+        ({"scratch": "/nowhere"}, [], "has no scratch folder /nowhere: No such file or directory"),
+    ],
+)
+def test_a_node_that_lacks_something_ends_the_work_by_name(
+    slurm_here: str, tmp_path: Path, changed: dict[str, Any], needs: list[str], words: str
+) -> None:
+    """An element that cannot work there says why, and is not tried again."""
+    source = write_source(tmp_path)
+    params = settings(slurm_here, **changed)
+    paths = [tmp_path / name for name in needs]
+    with executor.make(params, cores=1, root=tmp_path, needs=paths) as pool:
+        (outcome,) = pool.run(work, source, "predict", [Slice(0, 1)])
+    assert outcome.failure is not None
+    assert outcome.usage is not None
+    assert outcome.usage["exit_class"] == "start"
+    assert "could not start: " in outcome.failure.cause
+    assert words in outcome.failure.cause
+    assert len(events(tmp_path, "intent")) == 1
+
+
+def test_a_task_that_lacks_memory_is_given_more(slurm_here: str, tmp_path: Path) -> None:
+    """Under a limit of address space allocations fail, and no element dies of it; at the limit the bound is named."""
+    outcomes = run(settings(slurm_here, memory_limit_mb=400), write_source(tmp_path, starve=[1]), [Slice(0, 3)])
+    assert squares(outcomes) == {0: 0, 1: 1, 2: 4}
+    assert [(outcome.task, outcome.usage["exit_class"]) for outcome in outcomes if outcome.retried] == [(1, "memory")]
+    assert [line["memory_mb"] for line in events(tmp_path, "intent")] == [200, 400]
+    (tmp_path / "more").mkdir()
+    (outcome,) = run(
+        settings(slurm_here, memory_limit_mb=200), write_source(tmp_path / "more", starve=[1]), [Slice(1, 2)]
+    )
+    assert (outcome.retried, outcome.failure.remedy) == (
+        False,
+        "raise executor.array.memory_limit_mb, then run again",
+    )
+
+
+def test_an_element_of_slurm_gets_no_secret(slurm_here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm keeps the environment of jobs: it gets those variables that elements need, or that are named."""
+    monkeypatch.setenv("STORE_PASSWORD", "canary")
+    monkeypatch.setenv("LICENSE", "a b")
+    source = write_source(tmp_path, environ=["STORE_PASSWORD", "LICENSE", "ECHO"])
+    (outcome,) = run(
+        settings(slurm_here, environment=["LICENSE"], prologue="export ECHO=$((1+1))"), source, [Slice(0, 1)]
+    )
+    assert outcome.receipt["environ"] == {"STORE_PASSWORD": None, "LICENSE": "a b", "ECHO": "2"}
 
 
 def test_an_array_that_cannot_be_prepared_keeps_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,8 +538,6 @@ def test_a_scheduler_may_answer_in_any_encoding() -> None:
 
 def test_without_a_scheduler_the_run_says_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the command that is missing."""
-    from wsiflow.errors import EnvironmentFault
-
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EnvironmentFault, match="no command"):
         run(settings("slurm"), write_source(tmp_path), pairs(2))
@@ -454,6 +577,8 @@ def test_the_line_killed_in_the_middle_publishes_the_same_bytes(
     traced = {row["task"]: row["native_id"] for row in rows(out / "trace.csv")}
     assert len([task for task in traced if task.startswith("predict ")]) == len(predicted), "all are heard of"
     assert len(set(traced.values())) < len(traced) / 2, "elements do one task after another"
+    logs = "".join(path.read_text() for path in (out / "logs").rglob("*.log"))
+    assert " predict task 0: predictions/" in logs
 
 
 @pytest.mark.slow

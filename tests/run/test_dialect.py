@@ -18,8 +18,11 @@ from array_work import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flows.__main__ import main
+from flows.compose import compose_config
+from flows.literal import literal
 from wsiflow.errors import EnvironmentFault, InputError
-from wsiflow.run.executor import array, element, jobs, pieces
+from wsiflow.run.executor import element, jobs, pieces, submission, submitter, waiting
 from wsiflow.run.executor.array import ArrayJobs, Batch, runs
 from wsiflow.run.executor.dialect import ArrayParams, Place, Seen, expand, indices
 from wsiflow.run.executor.params import ExecutorParams
@@ -198,6 +201,108 @@ def test_one_thread_needs_no_parallel_environment() -> None:
     assert "-pe" not in params("sge").dialect.submission(FIELDS, threads=1)
 
 
+SITE = {
+    "partition": "short,long",
+    "account": 12,
+    "qos": "high",
+    "constraint": "avx512",
+    "reservation": "r1",
+    "exclude": ["n1", "n2"],
+    "resources": "gpu=1",
+    "mail": "a@b.org",
+    "comment": "a test",
+}
+SITE_OPTIONS = {
+    "slurm": "--partition=short,long --account=12 --qos=high --constraint=avx512 --reservation=r1 --exclude=n1,n2"
+    " --mail-user=a@b.org --mail-type=END,FAIL '--comment=a test'",
+    "sge": "-q short,long -P 12 -ar r1 -l 'hostname=!(n1|n2)' -l gpu=1 -M a@b.org -m a -ac 'comment=a test'",
+    "pbs": "-q short,long -A 12 -l gpu=1 -M a@b.org -m a",
+    "lsf": "-q short,long -P 12 -sla high -R 'select[avx512]' -U r1 -u a@b.org -N -Jd 'a test'",
+}
+
+
+def changed(name: str, **values: object) -> ArrayParams:
+    """Return the shipped settings of a scheduler with some changes, validated."""
+    return ArrayParams.model_validate(params(name).model_dump() | values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_of_a_site_are_options_of_every_scheduler(name: str) -> None:
+    """The same keys everywhere; one that a scheduler has no option for is refused by name."""
+    known = {key: value for key, value in SITE.items() if key in params(name).dialect.options}
+    assert shlex.join(changed(name, **known).site_options()) == SITE_OPTIONS[name]
+    for key in SITE.keys() - known.keys():
+        with pytest.raises(ValueError, match=rf"has no option for executor.array.{key}, but for: partition, account"):
+            changed(name, **{key: SITE[key]})
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "setting"),
+    [
+        ("slurm", "-J name", "executor.array.job_name"),
+        ("slurm", "--job-name=name", "executor.array.job_name"),
+        ("slurm", ["-a", "0-3"], "executor.array.throttle"),
+        ("slurm", "--mem 60M", "executor.array.memory_mb"),
+        ("slurm", "--mem-per-cpu=60M", "executor.array.memory_mb"),
+        ("slurm", "-t60", "executor.array.minutes"),
+        ("slurm", "--time=60", "executor.array.minutes"),
+        ("slurm", "-o x", "the run's folder"),
+        ("slurm", "--parsable", "the program"),
+        ("slurm", "--export=ALL", "executor.array.environment"),
+        ("sge", "-l h_rt=60", "executor.array.minutes"),
+        ("sge", "[-l,h_vmem=4G]", "executor.array.memory_mb and executor.array.memory_resource"),
+        ("sge", "-l gpu=1,h_vmem=4G", "executor.array.memory_mb and executor.array.memory_resource"),
+        ("sge", "-N name", "executor.array.job_name"),
+        ("sge", "-V", "executor.array.environment"),
+        ("sge", "-tc 3", "executor.array.throttle"),
+        ("pbs", "-lwalltime=60", "executor.array.minutes"),
+        ("lsf", "-W 60", "executor.array.minutes"),
+    ],
+)
+def test_extra_holds_nothing_that_a_setting_decides(name: str, extra: object, setting: str) -> None:
+    """It would win in silence, and messages would tell false numbers, or the array would not be found again."""
+    with pytest.raises(ValueError, match=rf"extra holds '-.*', which {setting} decides"):
+        changed(name, extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("-p paid --qos=normal", ("-p", "paid", "--qos=normal")),
+        ("[-p,paid,--qos=normal]", ("-p", "paid", "--qos=normal")),
+        (["-p", "paid"], ("-p", "paid")),
+        ("--comment='a b' --nice --mem-bind=local --ntasks-per-core=1", ...),
+    ],
+)
+def test_extra_is_a_list_or_one_text(typed: object, words: object) -> None:
+    """Each as it is typed on a command line; options that only begin like others are free."""
+    if words is ...:
+        words = ("--comment=a b", "--nice", "--mem-bind=local", "--ntasks-per-core=1")
+    assert changed("slurm", extra=typed).extra == words
+    text = typed if isinstance(typed, str) else f"[{','.join(map(str, typed))}]"  # type: ignore[call-overload]
+    composed = compose_config(literal([f"executor.array.extra={text}", "executor=slurm_array"]))
+    assert composed.executor.array is not None
+    assert composed.executor.array.extra == words
+
+
+def test_memory_is_asked_for_by_slot() -> None:
+    """Grid Engine counts memory for each slot of a parallel environment, which sites name as they like."""
+    form = submission.Form(changed("sge", parallel_environment="mp", memory_resource="h_vmem"), Path("/run"), 0, 4)
+    command = shlex.join(map(str, form.command("a-1", 9, Request(4001, 60), Path("/run/logs/a-1"))))
+    assert " -l h_rt=3600 -l h_vmem=1001M -pe mp 4 " in command
+
+
+def test_a_driver_in_a_job_hands_nothing_of_that_job_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of a scheduler get what they need themselves, and what elements need; no secrets, no other job."""
+    given = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SBATCH_ACCOUNT", "API_KEY", "MINE", "SGE_TASK_ID")
+    for name in (*given, "SGE_ROOT"):
+        monkeypatch.setenv(name, "x")
+    names = {"slurm": {"SLURM_CONF", "SBATCH_ACCOUNT", "MINE"}, "sge": {"SGE_ROOT", "MINE"}}
+    for name, expected in names.items():
+        form = submission.Form(changed(name, environment=["MINE"]), Path("/run"), 0, 1)
+        assert form.environ().keys() & {*given, "SGE_ROOT"} == expected
+
+
 def test_the_variables_of_an_element() -> None:
     """Elements get only the variables that are set and either needed or named."""
     there = dict.fromkeys(("PATH", "WSIFLOW_DEBUG", "WSIFLOW_SWEEP", "API_KEY", "MINE", "MKL_CBWR"), "x")
@@ -208,7 +313,8 @@ def test_the_variables_of_an_element() -> None:
 
 
 def test_the_job_script_is_constant() -> None:
-    """The job script is the same for all runs: the command and the table are its arguments."""
+    """The job script is the same for all runs but for the prologue: the command and the table are its arguments."""
+    assert element.script(["module load x"]).endswith('from the run\'s folder.\nmodule load x\nexec "$@"\n')
     assert element.script() == (
         "#!/bin/bash\n"
         "# One element of an array job. The arguments are a command and the array's table; the element's index is in\n"
@@ -329,7 +435,7 @@ def test_elements_are_as_many_as_pieces_but_within_the_limits(
             places = [SimpleNamespace(place=Place(name, i)) for i in range(size)]
             return SimpleNamespace(name=name, request=request, open=places)
 
-        pool._start = start  # type: ignore[assignment,method-assign]
+        pool._submitter.start = start  # type: ignore[assignment,method-assign]
         for request in requests:
             waiting = [name for name in pieces.posted(Path(folder)) if pieces.request_of(name) == request]
             assert len(waiting) == requests[request]
@@ -421,6 +527,36 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
     return put
 
 
+def test_what_would_be_submitted_is_shown_and_tested(
+    commands: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``wsiflow run --script-only`` has the scheduler test the very command, and submits and writes nothing."""
+    folder = commands(
+        sbatch='echo "$@" >> asked; echo "sbatch: Job 7 to start at noon" >&2',
+        squeue="",
+        sinfo="echo 'main*|60|4|9999'",
+    )
+    words = [
+        "run",
+        "--script-only",
+        "dataset=folder",
+        "dataset.folder=/slides",
+        f"out={tmp_path}/x",
+        "executor=slurm_array",
+    ]
+    assert main([*words, "executor.array.prologue=[module load a]", "executor.array.account=lab"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nmodule load a\nexec " in shown
+    assert f" --account=lab {tmp_path}/x/arrays/element.sh " in shown
+    assert "9,999 MB, 60 min, 4 cores of main" in shown
+    assert "sbatch: Job 7 to start at noon" in shown
+    assert (folder / "asked").read_text().startswith("--test-only --parsable --array=0-0%1 --job-name=x-0 ")
+    assert not (tmp_path / "x").exists()
+    assert main([*words, "executor.array.minutes=61"]) == 30
+    assert "no job of main may run for 61 min, the limit is 60; lower executor.array.minutes" in capsys.readouterr().err
+    assert main([*words, "executor=process"]) == 20
+
+
 # A Slurm with room for ROOM elements of a user; it runs an element at every fourth call of squeue.
 SBATCH = """\
 for one; do case $one in
@@ -478,14 +614,17 @@ def test_a_queue_that_is_full_for_this_user_is_waited_for(
     commands: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Jobs of other runs fill what a user may have: the run says so, waits, and asks for fewer at a time."""
-    monkeypatch.setattr(array, "_FULL_S", 0.01)
+    monkeypatch.setattr(submitter, "_FULL_S", 0.01)
     python = f"PYTHONPATH={Path(__file__).parents[1]} {sys.executable}"
     folder = commands(sbatch=SBATCH.replace("ROOM", "1"), squeue=SQUEUE.replace("PYTHON", python))
     (tmp_path / "plan.json").write_text("{}")
     made = params("slurm", poll_s=0.01, grace_s=60, idle_s=0)
+    told = []
+    monkeypatch.setattr(waiting, "write", lambda _root, view: told.append(view.refused))
     with ArrayJobs(made, root=tmp_path, workers=0, threads=1) as pool:
         outcomes = list(pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1), Slice(1, 2)]))
     assert sorted(outcome.task for outcome in outcomes if outcome.receipt) == [0, 1]
+    assert (told[0], told[-1]) == ("sbatch: error: AssocMaxSubmitJobLimit", "")
     assert (folder / "asked").read_text().split()[:4] == ["2"] * 3 + ["1"], "three tries, then half"
     assert "Slurm refused another array, which is submitted again later: sbatch: error: AssocMaxSubmit" in caplog.text
 
@@ -575,10 +714,10 @@ def test_an_array_taken_over_is_expected_until_all_its_elements_have_ended(
     """Two shards need what two elements of an array that was left have: it is open until both have said their end."""
     commands(squeue="printf '7_0|RUNNING|predict-a\\n7_1|RUNNING|predict-a\\n'")
     first = ArrayJobs(params("slurm"), root=tmp_path, workers=0, threads=1).__enter__()  # and then it was killed
-    first._send = lambda *_: "7"  # type: ignore[method-assign]
+    first._submitter.send = lambda *_: "7"  # type: ignore[method-assign]
     request = first._request(Tries())
     call = Call(element.dotted(work), "plan.json", "predict")
-    first._start("predict-a", request, 2)
+    first._submitter.start("predict-a", request, 2)
     for task in (0, 1):
         name = pieces.post(tmp_path, Piece(call, task, task + 1), request, task)
         assert pieces.take(tmp_path, "predict-a", task, [name]) == name
@@ -621,13 +760,28 @@ def test_what_a_lost_element_left_is_removed(commands: Callable[..., Path], tmp_
             (tmp_path / ".attempts" / attempt / "scores.h5").touch()
         return "9"
 
-    pool._send = send  # type: ignore[method-assign]
+    pool._submitter.send = send  # type: ignore[method-assign]
     with pool:
         (outcome,) = pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1)])
     assert outcome.usage is not None
     assert (outcome.exit_code, outcome.usage["exit_class"]) == (30, "lost")
     left = {folder.name for folder in (tmp_path / ".attempts").iterdir()}
     assert left == stays
+
+
+def test_an_element_that_waits_is_not_lost_whatever_the_queue_lists(
+    commands: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A site may give jobs other names: asked by its id, the element waits, and nothing is submitted again."""
+    script = "echo >> asked; [ $(wc -l < asked) -lt 3 ] && echo JobState=PENDING || echo JobState=CANCELLED"
+    folder = commands(squeue="", sbatch="echo >> sent; echo 7", scontrol=script)
+    pool = ArrayJobs(params("slurm", poll_s=0.01, grace_s=0, limit=5), root=tmp_path, workers=0, threads=1)
+    with pool:
+        (outcome,) = pool.run(work, tmp_path / "plan.json", "predict", [Slice(0, 1)])
+    assert outcome.usage is not None
+    assert outcome.usage["exit_class"] == "cancelled"
+    assert len((folder / "asked").read_text().splitlines()) == 4, "twice it waits, and once more for the cause"
+    assert len((folder / "sent").read_text().splitlines()) == 1
 
 
 def test_a_driver_stops_where_there_is_a_newer_one(commands: Callable[..., Path], tmp_path: Path) -> None:

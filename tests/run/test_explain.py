@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from flows import cli as command
+from flows.commands import retry
 from wsiflow.errors import InputError
-from wsiflow.run import explain
+from wsiflow.run import cases, explain
 
 COARSE = ["inference.stride=224", "executor=inline", "orchestrator=none", "tracking=off", "evaluation.bootstrap=0"]
 
@@ -101,6 +102,26 @@ def moved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert command.main(["retry", str(folder / "run")]) == 20
     assert json.loads((folder / "run/cases.2.json").read_text())["config"]["out"] == str(folder / "run")
     return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("inference.stride=8", "inference.stride=8 is no setting of the executor; give executor.KEY=VALUE"),
+        ("executor", "executor is no setting of the executor"),
+        ("executor.workers=-1", "executor.workers: Input should be greater than or equal to 0"),
+        ("executor.array.memory_mb=9", "executor.array.dialect: Field required"),
+    ],
+)
+def test_retry_takes_settings_of_the_executor_alone(
+    finished: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    """What a message advises can be given to ``retry``; what would be another run is refused before it starts."""
+    params = cases.read_cases(finished / "cases.json")[0].executor
+    changed = retry._changed(params, ["executor.workers=3", "executor.slice_s=7"])
+    assert (changed.workers, changed.slice_s, changed.kind) == (3, 7.0, params.kind)
+    assert command.main(["retry", str(finished), setting]) == 20
+    assert message in capsys.readouterr().err
 
 
 def test_retry_of_a_folder_without_a_run_is_bad_input(tmp_path: Path) -> None:

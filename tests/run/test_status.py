@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from flows import cli
-from wsiflow.run.executor import driver, jobs
+from wsiflow.run.executor import driver, jobs, waiting
+from wsiflow.run.progress import Follower
 from wsiflow.system import publish
 
 
@@ -61,6 +62,21 @@ def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> 
     (copied / "plan.json").unlink()
     (publish.receipt_path(copied, f"tissue/{next((copied / 'tissue').glob('*.json')).stem}.json")).unlink()
     assert said(copied, capsys).startswith("there is no plan yet\ningest 5 of 6\nnot complete: it lacks a plan\n")
+
+
+def test_what_waits_in_a_queue_is_shown_before_there_is_a_plan(copied: Path, capsys) -> None:
+    """The arrays that the driver saw last, with the scheduler's reasons; ``explain`` shows them too, and progress."""
+    (copied / "plan.json").unlink()
+    queued = waiting.Queued("17", {"Resources": 2, "Priority": 3}, 4, 4000, 60)
+    (copied / "arrays").mkdir()
+    waiting.write(copied, waiting.View("2026-01-02T03:04:05+00:00", [queued]))
+    line = "array job 17: 5 wait (Resources, Priority), 4 run (4,000 MB, 60 min each), as of 2026-01-02T03:04:05+00:00"
+    assert line in said(copied, capsys)
+    assert cli.main(["explain", str(copied), "normal_001"]) == 20
+    assert line in capsys.readouterr().out
+    snapshot = Follower(copied).snapshot()
+    assert snapshot is not None
+    assert snapshot.as_text() == "ingest 6 of 6 slides; elements: 5 wait (Resources, Priority), 4 run"
 
 
 def test_a_folder_of_runs_names_them(two_settings: tuple[Path, Path], tmp_path: Path, capsys) -> None:

@@ -38,6 +38,24 @@ def test_a_published_file_has_a_receipt_that_fits(tmp_path: Path) -> None:
     assert published(tmp_path) == {"a/b.bin": DATA}
 
 
+def test_attempts_may_be_written_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is written in the scratch folder and copied when it is complete; nothing stays there, whatever happens."""
+    scratch, root = tmp_path / "scratch", tmp_path / "run"
+    monkeypatch.setenv(publish.SCRATCH, str(scratch))
+    with publish.publishing(root, "a/b.bin", KEY, {"kind": "test"}, publish.accept) as attempt:
+        assert attempt.path.is_relative_to(scratch)
+        attempt.path.write_bytes(DATA)
+    assert publish.done(root, "a/b.bin", KEY) == attempt.receipt
+    assert published(root) == {"a/b.bin": DATA}
+    monkeypatch.setattr(shutil, "copyfile", lambda _source, target: target.write_bytes(DATA[1:]))
+    with pytest.raises(EnvironmentFault, match=r"the copy of .* has other bytes"):
+        publish.publish_bytes(root, "c.bin", DATA, KEY, {"kind": "test"})
+    assert published(root) == {"a/b.bin": DATA}
+    with pytest.raises(ZeroDivisionError), publish.publishing(root, "d.bin", KEY, {}, lambda _: 1 / 0) as attempt:
+        attempt.path.write_bytes(DATA)
+    assert not list(scratch.rglob("d.bin"))
+
+
 def test_a_receipt_has_the_cpu_seconds_of_its_work(tmp_path: Path) -> None:
     """All of them, those of a shared part included, and none that other receipts count."""
     before = time.process_time()

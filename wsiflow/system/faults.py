@@ -38,7 +38,8 @@ _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_SEMAPHORES = {errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT, errno.ENOSYS}
 # Under a limit of address space these are all that is seen of it: no signal, and no exit code.
 _OF_MEMORY = re.compile(
-    r"MemoryError|cannot allocate memory|failed to map segment|bad[ _]alloc|out of memory|not enough memory",
+    r"MemoryError|cannot allocate memory|failed to map segment|bad[ _]alloc|out of memory|not enough memory"
+    r"|memory allocation .*failed|failed to allocate",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"errno = (\d+)")

@@ -38,6 +38,8 @@ Receipt = dict[str, Any]
 
 _RESERVE_BYTES = 8_000_000  # for the structure of the file, for receipts, and for other processes that write
 ATTEMPTS = ".attempts"
+#: Variable that names a folder on the machine's own disk, in which attempts are written before they are copied.
+SCRATCH = "WSIFLOW_SCRATCH"
 _NAME = re.compile(r"(?P<host>.*)-(?P<pid>[0-9]+)-(?P<space>[0-9a-f]{12})-(?P<born>[0-9]*)-[0-9a-f]{32}")
 RECEIPTS = "receipts"
 _REQUIRED_KEYS = frozenset({"path", "key", "sha256", "bytes", "attempt"})
@@ -198,7 +200,9 @@ class Attempt:
     def __init__(self, root: Path, name: str, key: str, facts: Mapping[str, Any]) -> None:
         """Choose a private path without creating it; the arguments are those of `publishing`."""
         self.root, self.name = root, name
-        self.path = attempt_folder(root) / Path(name).name
+        folder = attempt_folder(root)
+        scratch = os.environ.get(SCRATCH)
+        self.path = (Path(scratch) / folder.name if scratch else folder) / Path(name).name
         self._clock, self._cpu = time.perf_counter(), time.process_time()
         self.receipt: Receipt = {
             "path": name,
@@ -285,7 +289,27 @@ def publishing(
         raise  # an input cannot be read: the code that reads it describes the error
     with _as_fault(root / name):
         attempt.finish()
-        _give_name(root, name, attempt.path, attempt.receipt)
+        _give_name(root, name, _in_run(root, attempt), attempt.receipt)
+
+
+def _in_run(root: Path, attempt: Attempt) -> Path:
+    """Return the path of a finished attempt in the folder of the run, to which it is copied from a scratch folder.
+
+    Raises:
+        EnvironmentFault: The copy has other bytes.
+    """
+    if attempt.path.is_relative_to(root):
+        return attempt.path
+    path = root / ATTEMPTS / attempt.path.parent.name / attempt.path.name
+    _make_folder(path.parent)
+    _effect("copy", path)
+    shutil.copyfile(attempt.path, path)
+    if file_sha256(path) != attempt.receipt["sha256"]:
+        _forget(path.parent)
+        cause = f"the copy of {attempt.path} has other bytes"
+        raise EnvironmentFault(cause, "see that both disks work, then run again", path=root / attempt.name)
+    _forget(attempt.path.parent)
+    return path
 
 
 def adopt(root: Path, name: str, source: Path, receipt: Receipt) -> Receipt:

@@ -2,8 +2,7 @@
 
 The tasks are posted as pieces of work in the run's folder (`wsiflow.run.executor.pieces`), whichever stage and shard
 they belong to. Elements take piece after piece, and write outcomes to files, which the driver reads. The driver submits
-as many elements as there are pieces that no element is free for. An array is created in this order: a table on disk, a
-line in ``jobs.jsonl``, and a submission.
+as many elements as there are pieces that no element is free for (`wsiflow.run.executor.submitter`).
 
 Where an element is gone and did not say that it ended, the scheduler is asked for the cause
 (`wsiflow.run.executor.ends`). The task that was running is charged with an attempt and becomes a piece of its own; its
@@ -13,7 +12,6 @@ nobody has taken, and waits for the rest instead of posting it again.
 """
 
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -36,6 +34,7 @@ from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.pieces import FOLDER, Call, Piece, Request, Tries
 from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
 from wsiflow.run.executor.queue_watch import QueueWatch
+from wsiflow.run.executor.submitter import Nodes, Submitter
 from wsiflow.run.executor.watch import LOGS, Array, Element, Files, Poll, Queue
 from wsiflow.system import publish
 from wsiflow.system.notes import NOTES
@@ -43,9 +42,6 @@ from wsiflow.system.usage import now
 
 _logger = logging.getLogger(__name__)
 
-_SUBMISSIONS = 3
-_FULL_S, _LONGEST_FULL_S = 30.0, 600.0  # between two tries where this user has as many jobs as are allowed
-_LIMIT_UNKNOWN = 1000
 _WORTH_S = 60.0  # of work justify the start of an element
 _LOOK_S = 1.0  # between two looks at the files of elements; longer where a look takes long
 _LOOKS_SHARE = 0.1  # of the driver's time
@@ -89,14 +85,15 @@ class Posted(NamedTuple):
 def make(params: ExecutorParams, site: Site) -> "ArrayJobs":
     """Return the executor for the scheduler that the settings describe."""
     assert params.array is not None, "the settings of this kind have it"
-    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads, needs=site.needs)
+    nodes = Nodes(site.needs, site.numeric_class)
+    return ArrayJobs(params.array, root=site.root, workers=params.workers, threads=params.threads, nodes=nodes)
 
 
 class ArrayJobs:
     """The executor of array jobs; several threads may call `run` at once."""
 
     def __init__(
-        self, params: ArrayParams, *, root: Path, workers: int, threads: int, needs: Sequence[Path] = ()
+        self, params: ArrayParams, *, root: Path, workers: int, threads: int, nodes: "Nodes | None" = None
     ) -> None:
         """Store the settings; the scheduler is not called yet.
 
@@ -105,28 +102,26 @@ class ArrayJobs:
             root: The run's folder, which has the same path on every node.
             workers: Most elements in the queue at a time, over all arrays; 0: ``params.window``.
             threads: Number of threads of the network in each element.
-            needs: Files and folders that every node has to see.
+            nodes: What every node must have; None for nothing.
         """
         self._params, self._dialect, self._root = params, params.dialect, root.resolve()
         self._form = submission.Form(params, self._root, workers, threads)
-        self._needs = [str(path) for path in needs]
         self._requests = ends.Requests(params)
         self._log, self._queue = JobLog(self._root), Queue(params, workers=workers)
         self._watch = QueueWatch(params, self._root)
+        self._submitter = Submitter(self._form, self._log, self._queue, self._watch, self._is_stopped)
+        self._submitter.nodes = nodes or Nodes()
         self._arrays: list[Array] = []
         self._posted: dict[str, Posted] = {}
         self._past: list[tuple[Call, Outcome]] = []  # outcomes that elements wrote while nobody read them
         self._fruitless: dict[Request, dict[str, End]] = {}  # arrays whose elements died before any work, and how
         self._cancelled: set[Request] = set()  # elements with these were cancelled by somebody
-        self._tested: set[Request] = set()  # of these the scheduler did not say that nothing can ever meet them
-        self._full_s, self._full_until_s = _FULL_S, float("-inf")
         self._has_begun = False
         self._adrift: dict[str, float] = {}  # since when nobody is known to have a piece
         self._order = itertools.count()
         self._state, self._turn = threading.RLock(), threading.Lock()
         self._turned_s, self._pause_s, self._checked_s = float("-inf"), 0.0, float("-inf")
         self._identity = jobs.identity()
-        self._longest = params.limit or 0
 
     def __enter__(self) -> Self:
         """Record this process as the driver, and find the arrays that an earlier driver left in the queue.
@@ -372,7 +367,7 @@ class ArrayJobs:
             return
         worth = sum(min(1.0, (self._posted[name].expected_s or _WORTH_S) / _WORTH_S) for name in waiting)
         needed = math.ceil(worth) - sum(place not in busy for place in present)
-        if needed <= 0 or time.monotonic() < self._full_until_s:
+        if needed <= 0 or self._submitter.is_waiting:
             return
         if fruitless and not present and self._request(again) != request:
             self._post_again(waiting, next(reversed(fruitless.values())).cause, request)
@@ -380,7 +375,7 @@ class ArrayJobs:
         stages = ", ".join(dict.fromkeys(self._posted[name].piece.call.stage for name in waiting))
         while needed > 0:
             name = f"{self._form.job_name()}-{uuid.uuid4().hex[:12]}"
-            size = self._queue.take(name, needed, longest=self._limit())
+            size = self._queue.take(name, needed, longest=self._submitter.longest())
             if not size or not self._submit(name, request, size, stages):
                 return
             needed -= size
@@ -396,7 +391,7 @@ class ArrayJobs:
     def _submit(self, name: str, request: Request, size: int, stages: str) -> bool:
         """Submit an array of elements for some stages; return whether it is in the queue now."""
         try:
-            array = self._start(name, request, size, stages)
+            array = self._submitter.start(name, request, size, stages)
         except BaseException:
             self._queue.drop(name)  # other requests wait for its room
             raise
@@ -450,112 +445,6 @@ class ArrayJobs:
         """Return the memory (MB) and the minutes to request after earlier tries."""
         return self._requests.of(tries)
 
-    def _limit(self) -> int:
-        """Return the largest number of elements of an array; the scheduler is asked once."""
-        if not self._longest:
-            answer = jobs.call(self._dialect.limit).stdout
-            self._longest = self._dialect.longest(answer) or _LIMIT_UNKNOWN
-        return self._longest
-
-    def _start(self, name: str, request: Request, size: int, stages: str = "") -> Array | None:
-        """Write the table of an array, record the intent, submit the array and record its id.
-
-        Returns:
-            The array; None where it was not submitted, because it has to wait or the run was stopped.
-        """
-        table = {
-            "base": self._dialect.base,
-            "index": self._dialect.index,
-            "threads": self._form.threads,
-            "submitted": now(),
-            "version": importlib.metadata.version("wsiflow"),
-            "needs": self._needs,
-            "scratch": self._params.scratch,
-            "request": request._asdict(),
-            "elements": size,
-            "idle_s": self._params.idle_s,
-        }
-        publish.write_view(self._root, f"{FOLDER}/{name}.json", json.dumps(table).encode())
-        (self._root / FOLDER / name).mkdir()
-        (self._root / LOGS / name).mkdir(parents=True)
-        self._log.append("intent", name=name, **request._asdict(), elements=size)
-        if self._is_stopped():  # a cancellation may have read the log before the intent was there
-            self._log.append("ended", name=name)
-            self._queue.drop(name)
-            self._forget(name)
-            return None
-        job = self._send(name, size, request)
-        if not job:
-            return None
-        self._log.append("job", name=name, job=job)
-        elements = f"{size:,} element{'s' * (size != 1)} of {request.memory_mb:,} MB and {request.minutes:,} min"
-        NOTES.info("submitted  array job %s for %s: %s; logs in %s", job, stages, elements, self._root / LOGS / name)
-        if self._is_stopped():  # a cancellation may have listed the queue before the array was there
-            jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
-        return Array(self._root, name, job, table)
-
-    def _send(self, name: str, size: int, request: Request) -> str:
-        """Submit an array, and return its id.
-
-        Returns:
-            The id; empty where the array was refused, and has to wait until other arrays of the run end.
-
-        Raises:
-            EnvironmentFault: It was refused repeatedly, although the run has nothing else in the queue.
-        """
-        command = self._form.command(name, size, request, self._root / LOGS / name)
-        if request not in self._tested:
-            self._test(name, size, request)
-        for _ in range(_SUBMISSIONS):
-            answer = jobs.call(command, self._form.environ())
-            job = self._dialect.submitted(answer.stdout) if not answer.returncode else ""
-            job = job or self._find(name)  # it may have been accepted although the answer was lost
-            if job:
-                self._full_s = _FULL_S
-                self._queue.widen()
-                return job
-        self._log.append("ended", name=name)
-        refusal = submission.refusal(answer)
-        is_full = bool(self._dialect.full and re.search(self._dialect.full, refusal))
-        if self._queue.give_back(name, size) or is_full:  # sites limit the jobs of a user, those of other runs included
-            self._forget(name)
-            self._full_until_s = time.monotonic() + min(
-                self._full_s, 2 * self._params.poll_s if not is_full else math.inf
-            )
-            self._full_s = min(2 * self._full_s, _LONGEST_FULL_S)
-            text = "%s refused another array, which is submitted again later: %s"
-            _logger.warning(text, self._dialect.name, refusal)
-            return ""
-        raise self._refused(size, refusal)
-
-    def _test(self, name: str, size: int, request: Request) -> None:
-        """Have a scheduler test a request that would accept what it can never meet.
-
-        Raises:
-            EnvironmentFault: Nothing here can ever meet it.
-        """
-        tested = self._form.command(name, size, request, self._root / LOGS / name, for_test=True)
-        if reason := self._form.unmet(tested):
-            self._log.append("ended", name=name)
-            raise self._refused(size, reason)
-        self._tested.add(request)
-
-    def _refused(self, size: int, reason: str) -> EnvironmentFault:
-        cause = f"{self._dialect.name} refused an array of {size}: {reason}"
-        return EnvironmentFault(cause, "correct executor.array, then run again", path=self._log.path)
-
-    def _forget(self, name: str) -> None:
-        """Remove the files of an array that was not submitted."""
-        (self._root / FOLDER / f"{name}.json").unlink()
-        (self._root / FOLDER / name).rmdir()
-        (self._root / LOGS / name).rmdir()
-
-    def _find(self, name: str) -> str:
-        """Return the id of an array by its name; empty where it is not in the queue."""
-        while (places := self._queue.poll().places) is None:
-            pass
-        return next((seen.job for place, seen in places.items() if place.name == name), "")
-
     def _collect(self, array: Array, files: Files, poll: Poll) -> set[Place]:
         """Deliver the new outcomes of an array, replace its elements that are lost, and return those that work."""
         ended, working = [], set()
@@ -584,7 +473,8 @@ class ArrayJobs:
         self._has_begun = True
         about = ", ".join(f"{node[key]}{' cores' * (key == 'cores')}" for key in ("cores", "isa") if key in node)
         text = "elements   %s is the first to work, on %s (%s): it sees the run's folder%s"
-        more = f" and {len(self._needs)} other paths" if self._needs else ""
+        n_needs = len(self._submitter.nodes.needs)
+        more = f" and {n_needs} other path{'s' * (n_needs != 1)}" if n_needs else ""
         NOTES.info(text, self._native(array, one.place.number), node.get("host", "?"), about, more)
 
     def _deliver(self, array: Array, one: Element, name: str, outcome: Outcome) -> None:
@@ -593,6 +483,10 @@ class ArrayJobs:
         if posted is None:
             return
         outcome = outcome.with_usage(**self._known(array, one, posted.piece))
+        if not self._submitter.nodes.kind and (outcome.receipt or {}).get(
+            "numeric_class"
+        ):  # of the task that chooses the engine
+            self._submitter.nodes = self._submitter.nodes._replace(kind=(outcome.receipt or {})["numeric_class"])
         if outcome.failure and (outcome.usage or {}).get("exit_class") == "memory" and posted.batch:
             outcome = self._with_more_memory(array, posted, outcome)
         if not outcome.retried:
@@ -621,7 +515,7 @@ class ArrayJobs:
         _logger.warning(
             "%s: %s; task %d is posted again for an element with more memory than %s MB",
             posted.piece.call.stage,
-            outcome.failure.cause,
+            " ".join(outcome.failure.cause.split()),
             outcome.task,
             f"{array.request.memory_mb:,}",
         )
@@ -644,6 +538,8 @@ class ArrayJobs:
         if seen and (self._dialect.is_alive(seen.state) or not self._dialect.is_stuck(one.seen.state)):
             one.seen = seen
         if one.unfit:  # it has ended by itself, and said why
+            return True
+        if one.warned_s is not None and seen is None:
             return True
         if seen is None or not (self._dialect.is_alive(seen.state) or self._dialect.is_stuck(seen.state)):
             return self._is_gone_for_good(array, one, poll)
@@ -697,8 +593,8 @@ class ArrayJobs:
         if not has:
             if end.cause != "cancelled":
                 self._fruitless.setdefault(array.request, {})[array.name] = end
-            text = "element %s died (%s) before it took any work; its %s"
-            _logger.warning(text, native, end, ends.ending(log))
+            when = "while it had no work" if one.taken else "before it took any work"
+            _logger.warning("element %s died (%s) %s; its %s", native, end, when, ends.ending(log))
         for name in has:
             pieces.finish(self._root, array.name, one.place.number, name)
             posted = self._posted.pop(name, None)

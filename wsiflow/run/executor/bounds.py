@@ -37,6 +37,12 @@ class Bounds(NamedTuple):
     cores: float = math.inf
     where: str = "of this cluster"
 
+    def as_text(self) -> str:
+        """Return the bounds in words, without those that the scheduler does not tell."""
+        values = ((self.memory_mb, "MB"), (self.minutes, "min"), (self.cores, "cores"))
+        known = [f"{value:,.0f} {unit}" for value, unit in values if value < math.inf]
+        return f"{', '.join(known)} {self.where}" if known else "unknown"
+
     def require(self, *, memory_mb: int, minutes: int, threads: int) -> None:
         """Refuse a request that nothing here can ever meet.
 
@@ -98,7 +104,7 @@ def _partitions(
         return typed[1].split(",")
     if environ.get("SBATCH_PARTITION"):
         return environ["SBATCH_PARTITION"].split(",")
-    return [row["partition"] or "" for row in rows if row.get("default")]
+    return [*dict.fromkeys(row["partition"] or "" for row in rows if row.get("default"))]
 
 
 def minutes(text: str) -> float:
@@ -106,9 +112,7 @@ def minutes(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         return math.inf
-    days, first, second, third = (None if part is None else int(part) for part in match.groups())
-    if days is not None:
-        return days * 1440 + first * 60 + (second or 0) + (third or 0) / 60
-    if third is not None:
-        return first * 60 + (second or 0) + third / 60
-    return first + (second or 0) / 60
+    days, first, second, third = (float(part or 0) for part in match.groups())
+    if match[1]:
+        return days * 1440 + first * 60 + second + third / 60
+    return first * 60 + second + third / 60 if match[4] else first + second / 60

@@ -80,7 +80,9 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         description="Pattern of the names of variables that the commands themselves need. Empty: they get all of them.",
     )
     options: Mapping[str, tuple[str, ...]] = Field(
-        default={}, description="Options for the keys of a site, such as executor.array.partition, with {value}."
+        default={},
+        description="Options for the keys of a site, such as executor.array.partition, with {value}, "
+        "or {alternatives}, which | separates.",
     )
     own: Mapping[str, str] = Field(
         default={},
@@ -362,7 +364,8 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
     )
     scratch: Value = Field(
         default=None,
-        description="Folder on a disk of the node for temporary files, such as $TMPDIR or /scratch. null: the node's.",
+        description="Folder on a disk of the node, such as $TMPDIR or /scratch, for temporary files and for files that "
+        "are being written; they are copied to the run's folder when they are complete. null: they are written there.",
     )
     extra: Words = Field(
         description="More options of every submission: a list, or one text as it would be typed in a shell."
@@ -407,7 +410,8 @@ class ArrayParams(BaseModel, frozen=True, extra="forbid"):
         for key in SITE_KEYS:
             value = getattr(self, key)
             if value is not None:
-                options += expand(self.dialect.options[key], {"value": value})
+                fields = {"value": value, "alternatives": value.replace(",", "|")}
+                options += expand(self.dialect.options[key], fields)
         return options
 
     @field_serializer("extra", "command", "prologue", when_used="json")

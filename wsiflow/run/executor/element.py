@@ -30,7 +30,7 @@ from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.redaction import without_secrets
 from wsiflow.run.executor import lifetime, pieces
 from wsiflow.run.executor.protocol import Outcome, Work
-from wsiflow.system import processes
+from wsiflow.system import processes, publish
 from wsiflow.system.machine import ISA_PINS, limit_threads, numeric_class
 from wsiflow.system.usage import now
 
@@ -42,11 +42,13 @@ _PASSED = (
     *("HDF5_USE_FILE_LOCKING", "HDF5_PLUGIN_PATH", "APPTAINER_BIND", "SINGULARITY_BIND"),
     *ISA_PINS,
 )
-_NOT_PASSED = {"WSIFLOW_SWEEP"}  # the overrides as they were typed, which may hold secrets
+_NOT_PASSED = {"WSIFLOW_SWEEP", publish.SCRATCH}  # the overrides as they were typed, which may hold secrets
 
 _LOOK_S, _LONGEST_LOOK_S = 0.5, 5.0  # between two looks for more work
 _SPARE_S = 60.0  # of the requested time: for the start before this process knew of it, and the end
 _SLOWER = 1.5  # times as long as the longest piece so far may the next one take
+#: What must not differ from node to node, of the numeric class; its versions are those of the same environment.
+_KIND = {"machine": "machine type", "vendor": "processor of", "isa": "instruction set"}
 _WARNING = signal.SIGUSR2  # by which Grid Engine announces that it is about to kill
 
 
@@ -118,13 +120,18 @@ def _unfit(job: Mapping[str, Any], until_end: ExitStack) -> str:
     version = importlib.metadata.version("wsiflow")
     if version != job.get("version", version):
         return f"node {here} has wsiflow {version}, and the run is of {job['version']}"
+    kind = numeric_class(job["threads"])
+    for name in _KIND.keys() & (job.get("kind") or {}).keys():
+        if kind[name] != job["kind"][name]:
+            differs = f"node {here} has the {_KIND[name]} {kind[name]}, and the run began on {job['kind'][name]}"
+            return f"{differs}: scores would have other last bits there"
     if job.get("scratch"):
         try:
             folder = tempfile.mkdtemp(prefix="wsiflow-", dir=os.path.expandvars(job["scratch"]))
         except OSError as error:
             return f"node {here} has no scratch folder {job['scratch']}: {error.strerror}"
         until_end.callback(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        os.environ[publish.SCRATCH] = os.environ["TMPDIR"] = tempfile.tempdir = folder
     return ""
 
 

@@ -4,9 +4,11 @@ Memory and time are requested again, doubled, up to their bounds: the limits in 
 What ended for another cause is tried again as often as the settings say, except where another try changes nothing.
 """
 
+import logging
 import pwd
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +19,14 @@ from wsiflow.run.executor.dialect import ArrayParams, Given, Seen, expand
 from wsiflow.run.executor.pieces import Request, Tries
 from wsiflow.system import faults
 
+_logger = logging.getLogger(__name__)
+
 _TAIL_BYTES = 4096
 _LINE_CHARS = 300
 _GROWING = ("memory", "time")
 _REMEDIES = {
     "cancelled": "run again to do it",
-    "start": "correct what it names, in executor.array or on the node, then run again",
+    "start": "correct what it names, or name other nodes (executor.array.partition or exclude), then run again",
 }
 _IN_WORDS = {
     "memory": "lack of memory",
@@ -156,7 +160,15 @@ def report_of(params: ArrayParams, place: Mapping[str, object]) -> str:
         answer = jobs.call(expand(params.dialect.inspect, place))
     except EnvironmentFault:  # some machines that submit jobs have no accounting; the start says so
         return ""
+    if answer.returncode and not jobs.means_nothing(params.dialect, answer):
+        _tell_of_accounts(params.dialect.inspect[0], " ".join((answer.stderr or answer.stdout).split()))
     return "" if answer.returncode else answer.stdout
+
+
+@cache
+def _tell_of_accounts(command: str, words: str) -> None:
+    """Tell once that a scheduler cannot say how elements end, as where its accounting file is on another machine."""
+    _logger.warning("%s cannot tell how elements end, which is known from their logs alone: %s", command, words)
 
 
 def _who_cancelled(params: ArrayParams, place: Mapping[str, object]) -> str:
@@ -188,7 +200,11 @@ def describe(end: End, *, native: str, times: int, request: Request, log: Path) 
     if end.cause == "cancelled":
         return f"element {native} was cancelled{words} ({resources}; log {log})"
     if end.cause == "start":
-        return f"element {native} could not start{words} ({resources}; {ending(log)})"
+        where = f"; {ending(log)}" if log.exists() else ""
+        return f"element {native} could not start{words} ({resources}{where})"
+    if end.cause == "killed" and end.words:
+        often = f"died {times} times, at last" if times > 1 else "ended"
+        return f"element {native} {often} with {end.words} ({resources}; {ending(log)})"
     often = f"died {times} times, at last of" if times > 1 else "died of"
     return f"element {native} {often} {_IN_WORDS[end.cause]}{words} ({resources}; {ending(log)})"
 

@@ -176,7 +176,7 @@ def require_answer(dialect: Dialect) -> None:
         text = "there is no command %s on this machine: why elements die is known from what they write alone"
         _logger.warning(text, dialect.inspect[0])
     answer = _ask(dialect, ["wsiflow"])
-    if answer.returncode and not _means_nothing(dialect, answer):
+    if answer.returncode and not means_nothing(dialect, answer):
         reason = ((answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         remedy = f"see that {answer.args[0]} works on this machine, then run again"
         raise EnvironmentFault(f"{dialect.name} does not answer ({reason})", remedy, stage="executor")
@@ -188,7 +188,7 @@ def listing(dialect: Dialect, names: Iterable[str]) -> dict[Place, Seen] | None:
     if not requested:
         return {}
     answer = _ask(dialect, requested)
-    if answer.returncode and not _means_nothing(dialect, answer):
+    if answer.returncode and not means_nothing(dialect, answer):
         return None
     return {place: seen for place, seen in dialect.listed(answer.stdout).items() if place.name in set(requested)}
 
@@ -202,7 +202,7 @@ def drop(dialect: Dialect, natives: Sequence[str]) -> None:
     if not natives:
         return
     answer = call(expand(dialect.cancel, {"jobs": list(natives)}))
-    if answer.returncode and not _means_nothing(dialect, answer):
+    if answer.returncode and not means_nothing(dialect, answer):
         cause = f"{dialect.name} did not cancel {' '.join(natives)}: {answer.stderr.strip()}"
         raise EnvironmentFault(cause, "cancel again when the scheduler answers")
 
@@ -286,7 +286,7 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -> bool:
+def means_nothing(dialect: Dialect, answer: subprocess.CompletedProcess[str]) -> bool:
     """Tell whether a failed command only reports that there is no such job."""
     complaints = [line for line in (answer.stderr + answer.stdout).splitlines() if line.strip()]
     pattern = re.compile(dialect.nothing) if dialect.nothing else None

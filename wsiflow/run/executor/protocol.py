@@ -69,12 +69,14 @@ class Site(NamedTuple):
         root: The run's folder.
         client: The client of the Dask cluster, for kinds of executors that have one.
         needs: Files and folders outside of the run's folder that every node has to see.
+        numeric_class: The class of machines that the run is planned for; None where there is no plan yet.
     """
 
     cores: int
     root: Path
     client: Any
     needs: Sequence[Path] = ()
+    numeric_class: Mapping[str, str] | None = None
 
 
 Work = Callable[[Path, str, int, int], Iterator[Outcome]]

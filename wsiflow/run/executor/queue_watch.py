@@ -21,7 +21,11 @@ _SUBMITTED = "just submitted"
 
 
 class QueueWatch:
-    """What waits and runs, for the user."""
+    """What waits and runs, for the user.
+
+    Attributes:
+        refused: Why the scheduler does not take another array at present; empty where it does.
+    """
 
     def __init__(self, params: ArrayParams, root: Path) -> None:
         """Begin with nothing seen."""
@@ -29,7 +33,8 @@ class QueueWatch:
         self._reasons: dict[str, tuple[float, str]] = {}  # by array: when it was asked, and the answer
         self._hopeless_since: dict[str, float] = {}
         self._warned: set[tuple[str, str]] = set()
-        self._shown: list[Queued] = []
+        self._shown: tuple[list[Queued], str] = ([], "")
+        self.refused = ""
         self._shown_s = float("-inf")
 
     def show(self, arrays: Sequence[Array], poll: Poll) -> None:
@@ -37,10 +42,10 @@ class QueueWatch:
         if poll.places is None:
             return
         queued = [self._queued(array, poll) for array in arrays]
-        if queued == self._shown and time.monotonic() - self._shown_s < _VIEW_S:
+        if (queued, self.refused) == self._shown and time.monotonic() - self._shown_s < _VIEW_S:
             return
-        self._shown, self._shown_s = queued, time.monotonic()
-        waiting.write(self._root, View(now(), queued))
+        self._shown, self._shown_s = (queued, self.refused), time.monotonic()
+        waiting.write(self._root, View(now(), queued, self.refused))
         for one in queued:
             for reason in one.waiting:
                 if self._dialect.is_held(reason):

@@ -129,9 +129,7 @@ def preview(form: Form, request: Request, size: int) -> str:
     command = form.command(name, size, request, form.root / "logs" / name)
     lines = ["# " + str(form.script), script, shlex.join(map(str, command)), ""]
     lines.append(f"variables  {', '.join(form.variables())}")
-    lines.append(
-        f"bounds     {found.memory_mb:,.0f} MB, {found.minutes:,.0f} min, {found.cores:,.0f} cores {found.where}"
-    )
+    lines.append(f"bounds     {found.as_text()}")
     if dialect.test:
         with tempfile.TemporaryDirectory() as folder:  # the run's folder is not made before the run
             own = Path(folder) / form.script.name

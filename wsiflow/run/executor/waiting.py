@@ -36,10 +36,17 @@ class Queued(NamedTuple):
 
 
 class View(NamedTuple):
-    """All arrays of a run that are in the queue, and when the driver saw them, ISO 8601, UTC."""
+    """All arrays of a run that are in the queue.
+
+    Attributes:
+        at: When the driver saw them, ISO 8601, UTC.
+        arrays: The arrays.
+        refused: Why the scheduler does not take another one at present; empty where it does.
+    """
 
     at: str
     arrays: Sequence[Queued]
+    refused: str = ""
 
 
 def counts(arrays: Iterable[Queued]) -> str:
@@ -58,17 +65,16 @@ def counts(arrays: Iterable[Queued]) -> str:
 
 def write(root: Path, view: View) -> None:
     """Write what is in the queue; a disk that refuses is reported by the next file that matters."""
+    values = {**view._asdict(), "arrays": [array._asdict() for array in view.arrays]}
     with suppress(OSError):
-        publish.write_view(
-            root, _VIEW, json.dumps({"at": view.at, "arrays": [*map(Queued._asdict, view.arrays)]}).encode()
-        )
+        publish.write_view(root, _VIEW, json.dumps(values).encode())
 
 
 def read(root: Path) -> View | None:
     """Return what was in the queue; None for runs that have no array jobs."""
     try:
         values = json.loads((root / _VIEW).read_bytes())
-        return View(values["at"], [Queued(**array) for array in values["arrays"]])
+        return View(values["at"], [Queued(**array) for array in values["arrays"]], values["refused"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -76,11 +82,20 @@ def read(root: Path) -> View | None:
 def describe(root: Path) -> list[str]:
     """Return a line for each array that is in the queue, as the driver saw it last."""
     view = read(root)
-    return [f"{array.as_text()}, as of {view.at}" for array in view.arrays] if view else []
+    if view is None:
+        return []
+    refused = [f"{_refused(view)}, as of {view.at}"] if view.refused else []
+    return [*refused, *(f"{array.as_text()}, as of {view.at}" for array in view.arrays)]
 
 
 def text(root: Path) -> str:
     """Return what is in the queue of the scheduler in words: ``elements: 12 wait (Resources), 3 run``; or nothing."""
     view = read(root)
-    words = counts(view.arrays) if view else ""
+    if view is None:
+        return ""
+    words = "; ".join(filter(None, (counts(view.arrays), _refused(view))))
     return f"elements: {words}" if words else ""
+
+
+def _refused(view: View) -> str:
+    return f"no more are taken at present ({view.refused})" if view.refused else ""

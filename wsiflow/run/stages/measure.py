@@ -10,6 +10,7 @@ sample or on the map of a whole slide, which is as large here as in the run; the
 
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -242,7 +243,9 @@ def _fresh(program: str, *arguments: str) -> str:
     command = [sys.executable, "-c", program, *arguments]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     if ended.returncode:
-        message = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        is_killed = ended.returncode == -signal.SIGKILL
+        silent = "it was killed, as where a job is out of memory" if is_killed else f"exit code {ended.returncode}"
+        message = (ended.stderr.strip().splitlines() or [silent])[-1]
         raise EnvironmentFault(
             f"a fresh worker cannot predict ({message})", "see what is missing here with wsiflow doctor"
         )
