@@ -32,7 +32,11 @@ def main() -> None:
         "scale": [],
         "makespan": [],
         "intervals": [],
-        **({name: _named(given, "data") for name in ("extents", "tissue", "experiments")} if given.data else {}),
+        **(
+            {name: _named(given, "data") for name in ("extents", "core_hours", "tissue", "experiments")}
+            if given.data
+            else {}
+        ),
     }
     quick = ["--quick"] if given.quick else []
     failed: list[str] = []
