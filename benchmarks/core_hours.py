@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import engines, extents, networks, product
 from benchmarks.measuring import ResultTable, Spread, arguments, finish, interleave, machine, per_tile, say, spread
+from benchmarks.targets import CAMELYON16_CORE_H
 from flows.compose import compose_config
 from wsiflow.model.choice import Choice
 from wsiflow.plan.blocks import size_px
@@ -29,7 +30,6 @@ from wsiflow.run.stages.measure import areas_px
 from wsiflow.system.machine import cpu_supports_bf16, installed_version
 
 PAPER_CORE_H = 180_000
-GOAL_CORE_H = {"bf16, stride 16": 100, "fp32, stride 16": 180}
 _TABLE = "camelyon16/tables/patch_counts_dldp.csv"
 
 
@@ -252,7 +252,7 @@ def _hours_table(values: Mapping[str, Any]) -> ResultTable:
                 f"{counted['megapixels, touching'] / slides:,.0f} ({counted['megapixels, all'] / slides:,.0f})",
                 f"{now['outlines']:.1f} ({before['outlines']:.1f})",
                 f"{_between(now)} ({_between(before)})",
-                f"{GOAL_CORE_H.get(name, '')}",
+                f"{CAMELYON16_CORE_H.get(name, '')}",
                 _between(loop),
                 f"{loop['by slides'] / now['by slides']:.0f}",
             ]
