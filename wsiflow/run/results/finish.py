@@ -362,6 +362,7 @@ def _render(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status
         settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
         plan_hash=plan.hash,
+        inference=_inference(plan),
     )
     publish.write_view(root, "report.html", report.render(data).encode())
 
@@ -369,7 +370,6 @@ def _render(root: Path, config: RunConfig, plan: Plan, statuses: Sequence[Status
 def _success_text(
     shown: Path, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
-    chosen = plan.settings.choice
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
@@ -384,7 +384,7 @@ def _success_text(
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
         f"cost       {cost.core_hours_text(metrics)}",
-        f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}",
+        f"inference  {_inference(plan)}",
         *_certificate_line(metrics, plan),
         f"report     {shown.parent / 'report.html'}",
         f"overlays   {shown.parent / 'heatmaps'}/*.png",
@@ -393,6 +393,12 @@ def _success_text(
         logged,
     ]
     return "\n".join(lines)
+
+
+def _inference(plan: Plan) -> str:
+    """Return how scores are computed, and why."""
+    chosen = plan.settings.choice
+    return f"{chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}"
 
 
 def _empty_line(statuses: Sequence[Status], metrics: Mapping[str, float], plan: Plan) -> list[str]:

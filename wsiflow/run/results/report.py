@@ -49,6 +49,7 @@ class ReportData:
         settings: The resolved configuration by dotted name.
         versions: Versions of wsiflow and of the packages that can change a number.
         plan_hash: The plan's hash.
+        inference: How scores are computed, and why.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ReportData:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     plan_hash: str
+    inference: str
 
 
 def froc_figure(curves: Mapping[str, Any]) -> bytes:
@@ -102,7 +104,7 @@ def render(data: ReportData) -> str:
         _headline(data.metrics, len(data.slides), len(missing)),
         _missing(missing, sum(row.get("status") == "no tissue" for row in data.slides)),
         _accuracy(data) if is_scored else "",
-        _cost(data.metrics),
+        _cost(data.metrics, data.inference),
         _slides(data),
         _citation(data, len(missing)) if is_scored else "",
         page.section("Every number", page.pairs(data.metrics, _number)),
@@ -234,11 +236,12 @@ def _rates(metrics: Mapping[str, float]) -> str:
     return page.table(heads, rows)
 
 
-def _cost(metrics: Mapping[str, float]) -> str:
+def _cost(metrics: Mapping[str, float], inference: str) -> str:
+    how = f"<p>Scores: {escape(inference)}.</p>\n"
     spent = {step: metrics[f"cost.{step}_core_s"] for step in STEPS if metrics[f"cost.{step}_core_s"] > 0}
     total = sum(spent.values())
     if not total:
-        return page.section("Cost", "<p>No step was timed in the run that wrote these scores.</p>\n")
+        return page.section("Cost", f"<p>No step was timed in the run that wrote these scores.</p>\n{how}")
     bars = "".join(
         f'<i style="width:{100 * seconds / total:.2f}%;background:{_STEP_COLOURS[step]}"></i>'
         for step, seconds in spent.items()
@@ -251,7 +254,7 @@ def _cost(metrics: Mapping[str, float]) -> str:
     efficiency = metrics["throughput.efficiency"]
     note = f"<p>The cores given to the run were busy for {efficiency:.0%} of its wall time.</p>\n"
     shown = note if math.isfinite(efficiency) else ""
-    return page.section("Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{shown}')
+    return page.section("Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{shown}{how}')
 
 
 def _slides(data: ReportData) -> str:
