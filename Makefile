@@ -41,10 +41,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# About an hour on an idle machine; DATA, GOOGLENET and SLIDE name what is not part of this repository.
+# About an hour on an idle machine; DATA, GOOGLENET, SLIDE and BEFORE name what is not part of this repository.
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA)) $(if $(GOOGLENET),--googlenet $(GOOGLENET)) \
-	  $(if $(SLIDE),--slide $(SLIDE))
+	  $(if $(SLIDE),--slide $(SLIDE)) $(if $(BEFORE),--before $(BEFORE))
 
 format: setup
 	$(BIN)/ruff format .

@@ -15,9 +15,10 @@ from benchmarks.measuring import arguments, say
 def main() -> None:
     """Run all benchmarks, print the targets and write the documents."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--data", type=Path, help="folder with camelyon16/tables, for core-hours")
+    parser.add_argument("--data", type=Path, help="folder with camelyon16/: outlines, overviews and tables")
     parser.add_argument("--googlenet", type=Path, help="card of a trained GoogLeNet")
     parser.add_argument("--slide", type=Path, help="a real slide")
+    parser.add_argument("--before", type=Path, help="the interpreter of another installation, for its starts")
     parser.add_argument("--document", type=Path, default=report.ROOT / "docs/performance.md")
     parser.add_argument("--scaling", type=Path, default=report.ROOT / "docs/scaling.md")
     parser.add_argument("--tissue", type=Path, default=report.ROOT / "docs/tissue.md")
@@ -25,14 +26,19 @@ def main() -> None:
     own = {
         "engines": [],
         "floors": [],
-        "line": _named(given, "data"),
+        "line": [],
         "scaling": [],
         "memory": [],
         "agreement": _named(given, "googlenet", "slide"),
         "scale": [],
         "makespan": [],
+        "starts": _named(given, "before"),
         "intervals": [],
-        **({name: _named(given, "data") for name in ("extents", "tissue", "experiments")} if given.data else {}),
+        **(
+            {name: _named(given, "data") for name in ("extents", "core_hours", "tissue", "experiments")}
+            if given.data
+            else {}
+        ),
     }
     quick = ["--quick"] if given.quick else []
     failed: list[str] = []

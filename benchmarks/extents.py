@@ -42,17 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=1, help="every n-th slide alone; a slide takes 5 CPU-s")
     given = parser.parse_args(argv)
     about, slides = machine(), {}
-    for name, mask in _masks(given.data / _ARCHIVE, every=20 if given.quick else given.every):
+    for name, mask in masks(given.data, every=20 if given.quick else given.every):
         say(name)
         slides[name] = _areas(mask)
     total = {name: sum(each[name] for each in slides.values()) for name in next(iter(slides.values()))}
     finish(given, "extents", about, {"slides": slides, "total": total}, _tables(total, len(slides)))
 
 
-def _masks(archive: Path, *, every: int) -> Iterator[tuple[str, Mask]]:
+def masks(data: Path, *, every: int) -> Iterator[tuple[str, Mask]]:
     """Yield the name and the tissue mask of every n-th slide."""
     downsample = compose_config([]).tissue.downsample
-    with tarfile.open(archive) as files:
+    with tarfile.open(data / _ARCHIVE) as files:
         names = sorted(member.name for member in files if member.name.endswith(".json"))
         for name in names[::every]:
             stream = files.extractfile(name)
@@ -66,8 +66,8 @@ def _masks(archive: Path, *, every: int) -> Iterator[tuple[str, Mask]]:
 def _areas(mask: Mask) -> dict[str, float]:
     """Return areas on one slide by name, reading pixels; none of them depends on the machine."""
     params = compose_config([]).tissue
-    frame = _frame(mask, params.downsample, 0, (1, 1))
-    tile_px2, coverage = frame.tile_px**2, _coverage(mask, frame, params.downsample)
+    frame = frame_of(mask, params.downsample, 0, (1, 1))
+    tile_px2, coverage = frame.tile_px**2, coverage_of(mask, frame, params.downsample)
     tiles = {grown: select_tiles(coverage, params.model_copy(update={"dilate_tiles": grown})) for grown in (0, 1)}
     scored = touching_cells(mask, tiles[1], frame, downsample=params.downsample)
     areas = {
@@ -79,7 +79,7 @@ def _areas(mask: Mask) -> dict[str, float]:
     }
     for context_px in (0, _CONTEXT_PX):
         for largest in _BLOCKS:
-            of_run = _frame(mask, params.downsample, _REACH_PX + context_px, largest)
+            of_run = frame_of(mask, params.downsample, _REACH_PX + context_px, largest)
             for windows, cells in (("all", None), ("touching", scored)):
                 cut = make_cut(tiles[1], of_run, group_tiles=400, scored=cells)
                 halo_px2 = [math.prod(size_px(of_run, block)) for block in cut.blocks]
@@ -103,16 +103,19 @@ def _windows_px2(tiles: Mask, scored: Mask) -> float:
     return float(cv2.dilate(grown, np.ones((1, side), np.uint8)).sum()) * (_STRIDE_PX / 2) ** 2
 
 
-def _frame(mask: Mask, downsample: float, halo_px: int, largest: tuple[int, int]) -> Frame:
+def frame_of(
+    mask: Mask, downsample: float, halo_px: int, largest: tuple[int, int], *, stride_px: int = _STRIDE_PX
+) -> Frame:
     """Return the transform of a slide that is as large as its mask."""
     height, width = (round(side * downsample) for side in mask.shape)
     tile_px = compose_config([]).tiles.tile_px
     rows, cols = grid_shape(width, height, l0_per_px=1.0, tile_px=tile_px)
-    sides = (tile_px, _WINDOW_PX, _STRIDE_PX, halo_px)
+    sides = (tile_px, _WINDOW_PX, stride_px, halo_px)
     return Frame("centred", width, height, 1.0, _UM_PX, *sides, *largest, 0, 0, cols, rows)
 
 
-def _coverage(mask: Mask, frame: Frame, downsample: float) -> NDArray[np.float64]:
+def coverage_of(mask: Mask, frame: Frame, downsample: float) -> NDArray[np.float64]:
+    """Return the share of each tile that is tissue, float64 (rows, cols)."""
     grid = (frame.t_rows, frame.t_cols)
     return tile_coverage(mask, downsample=downsample, tile_l0_px=frame.tile_px, grid=grid)
 

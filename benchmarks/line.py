@@ -6,7 +6,6 @@ slide's receipts without the certificate, which is a fixed number of windows per
 lesions, scores, report) is given as the rest of the run.
 """
 
-import csv
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ from benchmarks.product import RunCost
 from wsiflow.model.classifier import load
 from wsiflow.system.machine import cpu_supports_bf16
 
-PAPER_CORE_H = 180_000
-SHARES = (0.12, 0.20, 0.30)
 _CODECS = {
     "none (slide read again)": ("store=none",),
     "raw": ("store=hdf5",),
@@ -45,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure the core-seconds of the whole line, and write ``line.json``."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--card", help="a model card instead of GoogLeNet with random weights")
-    parser.add_argument("--data", type=Path, default=os.environ.get("WSIFLOW_TEST_DATA"), help="has camelyon16/tables")
     given = parser.parse_args(argv)
     size = Size(2048, 14, 2) if given.quick else Size(8192, 56, 3)
     about = machine()
@@ -59,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         values, tables = _lines(folder, str(card), manifest, size)
         values["workers"], workers_table = _workers(folder, str(card), manifest, most=about["cores"])
         values["stores"], stores_table = _stores(folder, manifest)
-        values["camelyon16"], core_hours_table = _core_hours(given.data, values["lines"])
-    finish(given, "line", about, values, [*tables, workers_table, stores_table, *core_hours_table])
+    finish(given, "line", about, values, [*tables, workers_table, stores_table])
 
 
 def _lines(folder: Path, card: str, manifest: Path, size: Size) -> tuple[dict[str, Any], list[ResultTable]]:
@@ -222,29 +217,6 @@ def _stores(folder: Path, manifest: Path) -> tuple[dict[str, Any], ResultTable]:
     return values, ResultTable(
         "What pixels cost on their way through the store (demo network, one run each)", columns, rows
     )
-
-
-def _core_hours(data: Path | None, lines: dict[str, Any]) -> tuple[dict[str, Any] | None, list[ResultTable]]:
-    """Return core-hours for the 399 slides of CAMELYON16, from the tiles in their boxes and shares with tissue."""
-    path = None if data is None else Path(data) / "camelyon16/tables/patch_counts_dldp.csv"
-    if path is None or not path.is_file():
-        say("no tile counts of CAMELYON16: name their folder by --data")
-        return None, []
-    with path.open(encoding="utf-8", newline="") as stream:
-        counts = [int(row["n_tiles_224"]) for row in csv.DictReader(stream)]
-    values: dict[str, Any] = {"slides": len(counts), "tiles": sum(counts), "core_h": {}}
-    rows = []
-    for name, each in lines.items():
-        hours = [
-            (share * sum(counts) * each["line_s_tile"].median + len(counts) * each["certificate_s"].median) / 3600
-            for share in SHARES
-        ]
-        values["core_h"][name] = dict(zip(map(str, SHARES), hours, strict=True))
-        rows.append([name, *(f"{hour:,.0f} ({PAPER_CORE_H / hour:,.0f} times fewer)" for hour in hours)])
-    title = (
-        f"Core-hours for {len(counts)} slides, {sum(counts) / 1e6:.1f} M tiles in boxes; the paper: {PAPER_CORE_H:,}"
-    )
-    return values, [ResultTable(title, ["whole line", *(f"{share:.0%} tissue" for share in SHARES)], rows)]
 
 
 if __name__ == "__main__":

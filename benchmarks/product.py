@@ -29,7 +29,7 @@ from wsiflow.system.machine import limit_threads
 
 STEPS = (*throughput.STEPS, "other")
 _BAND_PX = 512
-_QUIET = ("orchestrator=none", "tracking=off", "evaluation.bootstrap=0")
+QUIET = ("orchestrator=none", "tracking=off", "evaluation.bootstrap=0")
 
 
 class RunCost(NamedTuple):
@@ -101,7 +101,7 @@ def run(folder: Path, *overrides: str) -> Iterator[tuple[Path, dict[str, float]]
         RuntimeError: The exit code of the run is not 0.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        config = compose_config([f"out={name}/run", *_QUIET, *overrides])
+        config = compose_config([f"out={name}/run", *QUIET, *overrides])
         limit_threads(config.executor.threads)
         summary = line.direct(config)
         if summary.exit_code:
@@ -112,7 +112,7 @@ def run(folder: Path, *overrides: str) -> Iterator[tuple[Path, dict[str, float]]
 def run_command(out: Path, *overrides: str) -> None:
     """Run the whole line as a command in a process of its own."""
     command = Path(sys.executable).with_name("wsiflow")
-    subprocess.run([command, "run", f"out={out}", *_QUIET, *overrides], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([command, "run", f"out={out}", *QUIET, *overrides], check=True, stdout=subprocess.DEVNULL)
 
 
 def receipts(out: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import core_hours, report
 from benchmarks import engines as engines_benchmark
-from benchmarks import report
+from benchmarks.measuring import Spread
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,37 @@ def test_the_document_gets_tables_between_its_marks(results: Path, tmp_path: Pat
     assert "old" not in text
     report.main(["--results", str(results), "--document", str(document)])
     assert document.read_text() == text
+
+
+def test_core_hours_keep_apart_what_was_measured_and_what_is_extrapolated() -> None:
+    """Pixels times the measured rate, and what each slide costs besides; all slides by their number and by boxes."""
+    line = {
+        "s_megapixel": Spread(0.5, 0.5, 0.5),
+        "certificate_s": Spread(6.0, 6.0, 6.0),
+        "other_s": Spread(3.0, 3.0, 3.0),
+        "tasks_s": Spread(12.0, 12.0, 12.0),
+        "foretold_s": 10.0,
+        "foretold_between_s": [9.0, 11.0],
+        "worker_once_s": {"start": 1.0},
+    }
+    counted = {"tissue_tiles": 4e6, "windows": 7200.0, "megapixels, touching": 720.0, "megapixels, all": 1440.0}
+    values = {
+        "lines": {"fp32, stride 16": line},
+        "windows_s": {"fp32": Spread(1.0, 1.0, 1.0)},
+        "counted": {"16": counted},
+        "slides": ["a", "b"],
+        "boxes": {"a": 10, "b": 10, "c": 40, "d": 60},
+    }
+    values["core_h"] = core_hours._core_hours(values)
+    hours = values["core_h"]["fp32, stride 16, touching"]
+    assert hours == pytest.approx(
+        {"outlines": 0.1 + 18 / 3600, "by slides": 0.2 + 36 / 3600, "by boxes": 0.6 + 36 / 3600}
+    )
+    assert values["core_h"]["fp32, stride 16, windows one by one"]["outlines"] == pytest.approx(2.0)
+    _, estimates, foretold = core_hours._tables(values)
+    assert [name.partition(":")[0] for name in estimates.columns[1:4]] == [
+        "counted",
+        "counted and measured",
+        "extrapolated",
+    ]
+    assert foretold.rows[0][-1] == "**no**", "12 core-seconds are not within 9 to 11"

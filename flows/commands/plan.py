@@ -158,10 +158,8 @@ def _cost_lines(counts: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
         yield f"  {_basis_text(costs.basis)}; the rest is extrapolated{_by_pixels(counts)}"
     each = ", ".join(f"{stage} {value:.3g}" for stage, value in hours.items())
     yield f"core-hours to do: {total:.3g}{between} ({each})"
-    yield (
-        f"  not in it: the start of each worker ({costs.start_s:.1f} s, and {costs.load_s:.1f} s for the network), "
-        "scores and report, tasks that fail"
-    )
+    once = ", ".join(f"{name} {seconds:.1f}" for name, seconds in costs.once_s().items())
+    yield f"  not in it: what each worker spends once ({once} s), scores and report, tasks that fail"
     yield f"tasks spread by {costs.spread:.0%}"
 
 
@@ -208,5 +206,6 @@ def _as_json(counts: TaskCounts, costs: Costs, origin: str, forecasts: Mapping[i
         "core_hours_between": core_hours_between(hours, costs.basis) if costs.basis else None,
         "measured_on": costs.basis._asdict() if costs.basis else None,
         "megapixels": counts.megapixels,
+        "worker_once_s": costs.once_s(),
         "forecasts": [each._asdict() | {"efficiency": each.efficiency} for each in forecasts.values()],
     }

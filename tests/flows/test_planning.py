@@ -77,7 +77,9 @@ def test_core_hours_are_those_of_the_run_within_the_range_that_is_told(
     output = capsys.readouterr().out
     assert f"core-hours to do: {total:.3g}, between {least:.3g} and {most:.3g}" in output
     assert f"measured on {basis.blocks} blocks of 2 slides" in output
-    assert "not in it: the start of each worker" in output
+    assert "not in it: what each worker spends once (start " in output
+    firsts = costs.stages["first predict"].fixed_s + costs.stages["first certify"].fixed_s
+    assert told["worker_once_s"] == {"start": costs.start_s, "network": costs.load_s, "first blocks": firsts}
 
 
 def test_the_range_holds_the_groups_that_were_measured() -> None:

@@ -26,6 +26,7 @@ from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import load
 from wsiflow.model.engines import engine
 from wsiflow.plan import geometry
+from wsiflow.run import shards
 from wsiflow.run.plan import latest_plan, read_plan
 from wsiflow.run.stages import certify, fastest, precisions
 from wsiflow.slides import pyramid
@@ -498,6 +499,23 @@ def test_auto_never_calibrates_on_slides_under_test(
     assert not (tmp_path / "a/engine").exists()
     own = command.compose_config([*AUTO, "inference.calibration=own"])
     assert "not under test" in precisions._obstacle_to_int8(own, Choice(**choice_of(usual)["choice"]))
+
+
+def test_auto_is_fp32_where_no_slide_has_tissue(tmp_path: Path) -> None:
+    """A damaged slide and glass are left to the tasks of the run, and it is told why nothing was tried."""
+    glass = np.full((600, 500, 3), 240, np.uint8)
+    pyramid.write_rgb(tmp_path / "glass.tif", iter([glass]), shape=glass.shape[:2], um_px=0.243, quality=90)
+    (tmp_path / "damaged.tif").write_bytes((tmp_path / "glass.tif").read_bytes()[:200])
+    (tmp_path / "m.csv").write_text("slide_id,path\ndamaged,damaged.tif\nglass,glass.tif\n")
+    slides = ["dataset=manifest", f"dataset.manifest={tmp_path / 'm.csv'}", f"out={tmp_path / 'run'}"]
+    config = command.compose_config([*slides, *FAST, *AUTO, f"inference.calibration={tmp_path / 'other.csv'}"])
+    (tmp_path / "other.csv").write_text("slide_id,path\nother,other.tif\n")
+    (tmp_path / "other.tif").write_bytes(b"other")
+    precisions.choose(shards.begin(config), 0)
+    record = choice_of(tmp_path / "run")
+    assert record["choice"]["precision"] == "fp32"
+    assert record["told"].endswith("could not be tried, none of 2 slides could be read and has tissue")
+    assert not list((tmp_path / "run").rglob("slides"))
 
 
 def test_without_certificates_auto_is_fp32(

@@ -85,6 +85,7 @@ def data(**given: Any) -> report.ReportData:
         "settings": {"geometry.convention": "centred", "inference.engine": "window", "inference.stride": 16},
         "versions": {"wsiflow": "0.1.0", "numpy": "2.4"},
         "plan_hash": "0123456789abcdef",
+        "inference": "dense, openvino bf16: precision bf16 was chosen, on 2 blocks of slide a",
     }
     return report.ReportData(**{**content, **given})
 
@@ -168,6 +169,7 @@ def test_the_headline_numbers_are_there() -> None:
         "0.0523 wall time 120 s",
         "5.25 0.31 core-seconds per tile",
         "infer 75.0 % 75.0 core-s",
+        "Scores: dense, openvino bf16: precision bf16 was chosen, on 2 blocks of slide a.",
     ):
         assert part in text
 

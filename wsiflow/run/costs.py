@@ -71,6 +71,11 @@ class Costs(NamedTuple):
         cost = self.stages[stage]
         return cost.fixed_s + cost.unit_s * tiles
 
+    def once_s(self) -> dict[str, float]:
+        """Return the seconds that each worker spends once, by what it spends them on."""
+        first_s = sum(cost.fixed_s for name, cost in self.stages.items() if name.startswith(first_of("")))
+        return {"start": self.start_s, "network": self.load_s, "first blocks": first_s}
+
 
 def slices(tasks: Sequence[int], costs_s: Sequence[float], *, target_s: float) -> list[tuple[int, int]]:
     """Cut tasks into slices that cost about ``target_s`` each, the most expensive slice first.

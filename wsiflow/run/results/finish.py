@@ -372,6 +372,7 @@ def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> Non
         settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
         plan_hash=plan.hash,
+        inference=_inference(plan),
         busy_s=trace.last_busy_s(trace.attempts(root), [one.since for one in driver.spent(root)]),
     )
     publish.write_view(root, "report.html", report.render(data).encode())
@@ -380,7 +381,6 @@ def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> Non
 def _success_text(
     shown: Path, plan: Plan, statuses: Sequence[Status], metrics: Mapping[str, float], executed: int, logged: str
 ) -> str:
-    chosen = plan.settings.choice
     missing = [status for status in statuses if status.exit_code]
     lines = [f"PARTIAL: {status.slide_id} is missing: {status.reason}" for status in missing]
     lines += [
@@ -395,7 +395,7 @@ def _success_text(
         f"{metrics['throughput.windows_per_s']:.0f} windows/s, "
         f"efficiency {metrics['throughput.efficiency']:.2f}",
         f"cost       {cost.core_hours_text(metrics)}",
-        f"inference  {chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}",
+        f"inference  {_inference(plan)}",
         *_certificate_line(metrics, plan),
         f"report     {shown.parent / 'report.html'}",
         f"overlays   {shown.parent / 'heatmaps'}/*.png",
@@ -404,6 +404,12 @@ def _success_text(
         logged,
     ]
     return "\n".join(lines)
+
+
+def _inference(plan: Plan) -> str:
+    """Return how scores are computed, and why."""
+    chosen = plan.settings.choice
+    return f"{chosen.engine}, {chosen.backend} {chosen.precision}: {plan.settings.reason}"
 
 
 def _empty_line(statuses: Sequence[Status], metrics: Mapping[str, float], plan: Plan) -> list[str]:

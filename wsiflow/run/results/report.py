@@ -52,6 +52,7 @@ class ReportData:
         settings: The resolved configuration by dotted name.
         versions: Versions of wsiflow and of the packages that can change a number.
         plan_hash: The plan's hash.
+        inference: How scores are computed, and why.
         busy_s: When workers were busy: begin and end of each attempt in the last start of the run that did any work,
             seconds after the first of them.
     """
@@ -66,6 +67,7 @@ class ReportData:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     plan_hash: str
+    inference: str
     busy_s: Sequence[tuple[float, float]] = ()
 
 
@@ -110,7 +112,7 @@ def render(data: ReportData) -> str:
         _missing(missing, sum(row.get("status") == "no tissue" for row in data.slides)),
         _viewer(),
         _accuracy(data) if is_scored else "",
-        _cost(data.metrics) + _use(data.busy_s),
+        _cost(data.metrics, data.inference) + _use(data.busy_s),
         _slides(data),
         _citation(data, len(missing)) if is_scored else "",
         page.section("Every number", page.pairs(data.metrics, _number)),
@@ -280,11 +282,12 @@ def _rates(metrics: Mapping[str, float]) -> str:
     return page.table(heads, rows)
 
 
-def _cost(metrics: Mapping[str, float]) -> str:
+def _cost(metrics: Mapping[str, float], inference: str) -> str:
+    how = f"<p>Scores: {escape(inference)}.</p>\n"
     spent = {step: metrics[f"cost.{step}_core_s"] for step in STEPS if metrics[f"cost.{step}_core_s"] > 0}
     total = sum(spent.values())
     if not total:
-        return page.section("Cost", "<p>No step was timed in the run that wrote these scores.</p>\n")
+        return page.section("Cost", f"<p>No step was timed in the run that wrote these scores.</p>\n{how}")
     bars = "".join(
         f'<i style="width:{100 * seconds / total:.2f}%;background:{_STEP_COLOURS[step]}"></i>'
         for step, seconds in spent.items()
@@ -298,7 +301,7 @@ def _cost(metrics: Mapping[str, float]) -> str:
     note = f"<p>The cores given to the run were busy for {efficiency:.0%} of its wall time.</p>\n"
     busy = note if math.isfinite(efficiency) else ""
     return page.section(
-        "Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{_beside_line(metrics)}{busy}'
+        "Cost", f'<div class="bar">{bars}</div>\n<ul class="legend">\n{legend}</ul>\n{_beside_line(metrics)}{busy}{how}'
     )
 
 
