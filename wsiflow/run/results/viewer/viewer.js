@@ -33,7 +33,7 @@
   const plural = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 
   /** Return a length in micrometres as people say it. */
-  const length = um => (um >= 1000 ? `${+(um / 1000).toPrecision(3)} mm` : `${+um.toPrecision(3)} µm`);
+  const lengthText = um => (um >= 1000 ? `${+(um / 1000).toPrecision(3)} mm` : `${+um.toPrecision(3)} µm`);
 
   /** Return the colours of the 256 values of a heatmap picture, as 32-bit RGBA in the order of canvas memory. */
   function palette(look) {
@@ -299,7 +299,7 @@
       context.font = "12px system-ui, sans-serif";
       context.textAlign = "left";
       context.textBaseline = "alphabetic";
-      context.fillText(length(um), left, bottom - 10);
+      context.fillText(lengthText(um), left, bottom - 10);
     }
 
     point(event) {
@@ -326,9 +326,12 @@
     }
 
     goTo(item) {
-      const margin = Math.max(250 / this.slide.um_px, 0), {x, y, width, height} = boxOf(item, margin);
-      const [left, top, across, down] = [x, y, width, height].map(side => side / this.span);
-      this.osd.viewport.fitBounds(new OpenSeadragon.Rect(left, top, across, down));
+      const tight = boxOf(item, 0), side = Math.max(tight.width, tight.height);
+      const {x, y, width, height} = boxOf(item, Math.max(0.15 * side, 150 / this.slide.um_px));
+      const [left, top, across, down] = [x, y, width, height].map(length => length / this.span);
+      const home = this.osd.viewport.getHomeBounds();
+      if (across > home.width && down > home.height) this.osd.viewport.goHome();
+      else this.osd.viewport.fitBounds(new OpenSeadragon.Rect(left, top, across, down));
     }
   }
 
@@ -545,7 +548,7 @@
         const missed = numbers(theirs.missed), alone = ours.hit.filter(item => missed.has(item.region.number));
         return this.group(this.panes[run], `found by ${this.runs[run].name} alone`, "hit", alone);
       });
-      return own.length ? own : [make("h3", {}, "both find the same lesions")];
+      return own.length ? own : [make("h3", {}, "Both find the same lesions")];
     }
 
     group(pane, title, kind, items) {
