@@ -200,7 +200,7 @@ def test_a_report_is_looked_at(finished: Path, tab: browser.Tab, tmp_path: Path)
     """The picture has the map where scores are, and nothing over glass; findings, sliders and keys work in a file."""
     tab.open(f"file://{finished}/report.html#slide=tumor_002")
     at_rest(tab, "tumor_002")
-    text = tab.wait_for("The slides, what went wrong first", "isolated tumour cells", "1 false positive, up to 0.8", "FROC")
+    text = tab.wait_for("The slides, what went wrong first", "Isolated tumour cells", "1 false positive, up to 0.8", "FROC")
     assert "tumor_002 tumour, score 0." in text
     assert tab.value("document.documentElement.scrollWidth <= window.innerWidth")
     tab.value("document.querySelector('.looked').scrollIntoView()")
@@ -265,7 +265,7 @@ def test_two_runs_move_together(two_settings: tuple[Path, Path], tab: browser.Ta
     with served(*two_settings) as viewer:
         tab.open(f"{viewer.link}#slide=tumor_001")
         at_rest(tab, "tumor_001")
-        tab.wait_for("Both find the same lesions", "0: lesions found (1)", "1: lesions found (1)")
+        tab.wait_for("Both find the same lesions", "0: Lesions found (1)", "1: Lesions found (1)")
         tab.value("wsiflow.zoom(2)")
         bounds = "wsiflow.panes.map(({osd}) => Object.values(osd.viewport.getBounds(true)).slice(0, 4))"
         tab.wait(f"{AT_REST} && wsiflow.panes[0].osd.viewport.getZoom() > 1.1")
