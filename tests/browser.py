@@ -32,7 +32,6 @@ _SWITCHES = (
     "--remote-debugging-port=0",
     "--remote-debugging-address=127.0.0.1",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # no page reaches further than this machine
-    "--window-size=1600,1200",
     "--hide-scrollbars",
 )
 
@@ -127,9 +126,10 @@ class Tab:
 
 
 @contextmanager
-def chromium(home: Path) -> Iterator[Tab]:
-    """Keep a browser running, with one tab."""
-    command = [str(CHROMIUM), *_SWITCHES, f"--user-data-dir={home}", "about:blank"]
+def chromium(home: Path, *, size_px: tuple[int, int] = (1600, 1200)) -> Iterator[Tab]:
+    """Keep a browser running, with one tab in a window of such a width and height."""
+    own = [f"--window-size={size_px[0]},{size_px[1]}", f"--user-data-dir={home}"]
+    command = [str(CHROMIUM), *_SWITCHES, *own, "about:blank"]
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     log = (home.parent / "chromium.log").open("wb")
     process = subprocess.Popen(command, env={**environment, "HOME": str(home)}, stdout=log, stderr=log)

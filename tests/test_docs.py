@@ -62,7 +62,7 @@ def test_the_documents_have_overrides() -> None:
     assert any("executor=slurm_array" in words and len(words) > 3 for words in overrides())
 
 
-COMMANDS = ("compare", "compare-maps", "export")
+COMMANDS = ("compare", "compare-maps", "export", "view")
 
 
 def commands() -> list[str]:

@@ -165,16 +165,16 @@ def test_a_map_beside_the_overview_draws_nothing() -> None:
 
 
 def test_overlay_leaves_unscored_pixels_alone() -> None:
-    """NaN is transparent, higher scores tint more, and the scale is below."""
+    """NaN is transparent and so is a score of 0, higher scores tint more, and the scale is below."""
     overview = np.full((60, 80, 3), (225, 180, 205), dtype=np.uint8)
     heat = np.full((6, 8), np.nan, dtype=np.float32)
-    heat[0, 0], heat[5, 7] = 0.0, 1.0
+    heat[0, 0], heat[5, 3], heat[5, 7] = 0.0, 0.4, 1.0
     seen = picture(overlay.overlay_png(overview, heat, cell_px=10.0, origin_px=(0.0, 0.0)))
     assert seen.shape[:2] > (60, 80)
     assert seen.shape[1] == 80
     change = np.abs(seen[:60].astype(int) - overview).sum(axis=2)
     assert (change[10:50] == 0).all()
-    assert 0 < change[5, 5] < change[55, 75]
+    assert 0 == change[5, 5] < change[55, 35] < change[55, 75]
 
 
 def test_the_scale_is_fixed() -> None:

@@ -21,7 +21,7 @@ HIT, FALSE_POSITIVE, IGNORED, UNKNOWN = "hit", "false positive", "ignored", ""
 
 LESION, ITC = "lesion", "isolated tumour cells"
 
-_TOLERANCE_PX = 0.75  # of the mask: less than the steps of its pixels
+_TOLERANCE_PX = 0.5  # of the mask
 
 
 class Regions(NamedTuple):

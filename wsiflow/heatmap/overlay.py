@@ -15,11 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wsiflow.plan.outline import png_bytes
 
-#: Colour map of the scores: perceptually uniform, with a bright end that differs from the colours of stained tissue.
+#: Colour map of the scores: perceptually uniform. Only its part from teal to yellow is used, since the lower part is
+#: purple, as haematoxylin is.
 COLOUR_MAP = "viridis"
+_FIRST_COLOUR = 0.45
 
-# Opacity at score 0 and at score 1: tissue with low scores stays visible.
-_OPACITY = (0.30, 0.85)
+# Opacity at score 0 and at score 1: tissue with low scores stays visible, and there is no haze over glass.
+_OPACITY = (0.0, 0.85)
 _LEGEND_PX = 26
 
 
@@ -110,7 +112,7 @@ def _colours() -> NDArray[np.uint8]:
     """Return the colour map as uint8 (256, 3), RGB."""
     from matplotlib import colormaps
 
-    rgba = colormaps[COLOUR_MAP](np.arange(256), bytes=True)
+    rgba = colormaps[COLOUR_MAP](np.linspace(_FIRST_COLOUR, 1.0, 256), bytes=True)
     return np.ascontiguousarray(rgba[:, :3], dtype=np.uint8)
 
 

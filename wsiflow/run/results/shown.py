@@ -34,6 +34,7 @@ Row = Mapping[str, Any]
 
 _HEAT_SIDE_PX = 1024  # of a heatmap within a page
 _HEAT_SHARE = 0.35  # of the bytes of a slide's pictures, at most
+_CELLS_PER_BYTE = 16  # of a compressed heatmap, hardly more: larger ones are not tried
 _LEAST_SIDE_PX = 160  # of a picture: a smaller one shows nothing
 _QUALITY = 78
 _MOST_DETECTIONS = 500  # of a slide within a page
@@ -210,10 +211,11 @@ def _heat(path: Path, budget_bytes: int) -> tuple[bytes, dict[str, Any]] | None:
         return None
     with open_preview(path) as preview:
         for number, (rows, cols) in enumerate(preview.shapes):
-            if max(rows, cols) > _HEAT_SIDE_PX:
+            is_last = number == len(preview.shapes) - 1
+            if not is_last and (max(rows, cols) > _HEAT_SIDE_PX or rows * cols > _CELLS_PER_BYTE * budget_bytes):
                 continue
             png = png_bytes(Image.fromarray(preview.level(number)))
-            if len(png) <= budget_bytes or number == len(preview.shapes) - 1:
+            if len(png) <= budget_bytes or is_last:
                 level = {"rows": rows, "cols": cols, "scale": 2**number}
                 return png, {"levels": [level], "tile": max(rows, cols), "src": _data("png", png)}
     return None

@@ -33,7 +33,7 @@
   const plural = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 
   /** Return a length in micrometres as people say it. */
-  const length = um => (um >= 1000 ? `${+(um / 1000).toPrecision(3)} mm` : `${+um.toPrecision(3)} µm`);
+  const lengthText = um => (um >= 1000 ? `${+(um / 1000).toPrecision(3)} mm` : `${+um.toPrecision(3)} µm`);
 
   /** Return the colours of the 256 values of a heatmap picture, as 32-bit RGBA in the order of canvas memory. */
   function palette(look) {
@@ -137,10 +137,11 @@
 
   /** Return the findings of a slide by what became of them, at a least confidence of detections. */
   function findings(slide, from) {
-    const groups = {missed: [], fp: [], hit: [], other: []};
+    const groups = {missed: [], fp: [], hit: [], unknown: [], other: []};
     for (const region of slide.regions) {
       const found = region.best !== null && region.best >= from;
-      if (region.kind !== LESION) groups.other.push({region, text: region.kind, about: "not counted"});
+      if (region.kind !== LESION) groups.other.push({region, text: region.kind === "ignored" ? "Ignored regions" : "Isolated tumour cells",
+        about: found ? `best ${region.best.toFixed(3)}` : ""});
       else if (found) {
         groups.hit.push({region, text: `Lesion ${region.number}`, about: `found with ${region.best.toFixed(3)}`});
       } else {
@@ -149,12 +150,12 @@
       }
     }
     slide.detections.forEach(([prob, x, y, kind, inside], index) => {
-      if (prob < from || (kind === HIT && inside)) return;
-      const group = kind === FALSE_POSITIVE ? groups.fp : groups.other;
+      if (prob < from || (kind === HIT && inside)) return; // its lesion is listed
+      const group = kind === FALSE_POSITIVE ? groups.fp : kind ? groups.other : groups.unknown;
       const text = kind === FALSE_POSITIVE ? "False positive" : kind ? "Detection, ignored" : "Detection";
       group.push({index, x, y, prob, text, about: `confidence ${prob.toFixed(3)}`});
     });
-    groups.fp.sort((a, b) => b.prob - a.prob);
+    for (const group of [groups.fp, groups.unknown]) group.sort((a, b) => b.prob - a.prob);
     return groups;
   }
 
@@ -171,7 +172,7 @@
     start() {
       this.osd = OpenSeadragon({
         element: this.stage, drawer: "canvas", showNavigationControl: false, showNavigator: true,
-        navigatorPosition: "TOP_RIGHT", navigatorSizeRatio: 0.16,
+        navigatorPosition: "TOP_RIGHT", navigatorSizeRatio: 0.16, navigatorAutoFade: false,
         navigatorBackground: "#fff", navigatorBorderColor: "#8a939c", navigatorDisplayRegionColor: "#2a7fd4",
         animationTime: 0.4, springStiffness: 12,
         visibilityRatio: 0.3, minZoomImageRatio: 0.6, maxZoomPixelRatio: 8, imageLoaderLimit: 6, timeout: 120000,
@@ -197,7 +198,7 @@
       this.slide = slide;
       this.chosen = null;
       const score = slide.score === "" ? "" : `, score ${slide.score}`;
-      this.title.replaceChildren(slide.name, make("span", {}, ` ${slide.truth}${score}`));
+      this.title.replaceChildren(slide.name, make("span", {}, ` ${slide.truth || "no truth"}${score}`));
       if (this.app.runs.length > 1) this.title.append(make("span", {}, ` · ${this.app.runs[this.run].name}`));
       this.stage.setAttribute("aria-label", `${slide.name}: picture with heatmap, detections and outlines`);
       this.say(slide.remark || (slide.width ? "" : "there is no picture of this slide"));
@@ -246,11 +247,11 @@
       const kind = region.kind !== LESION ? "other" : found ? "hit" : "miss";
       context.beginPath();
       for (const ring of region.rings) {
-        for (let i = 0; i < ring.length; i += 2) {
+        context.moveTo(view.x + ring[0] * view.scale, view.y + ring[1] * view.scale);
+        for (let i = 2; i < ring.length; i += 2) {
           context.lineTo(view.x + ring[i] * view.scale, view.y + ring[i + 1] * view.scale);
         }
         context.closePath();
-        if (ring.length) context.moveTo(view.x + ring[0] * view.scale, view.y + ring[1] * view.scale);
       }
       context.setLineDash(kind === "miss" ? [9, 5] : kind === "other" ? [3, 4] : []);
       stroke(context, COLOUR[kind], 2.5);
@@ -299,7 +300,7 @@
       context.font = "12px system-ui, sans-serif";
       context.textAlign = "left";
       context.textBaseline = "alphabetic";
-      context.fillText(length(um), left, bottom - 10);
+      context.fillText(lengthText(um), left, bottom - 10);
     }
 
     point(event) {
@@ -316,7 +317,7 @@
       const view = this.view(), least = this.app.look.least;
       const x = (at.x - view.x) / view.scale, y = (at.y - view.y) / view.scale;
       const groups = findings(this.slide, least);
-      const all = [...groups.missed, ...groups.fp, ...groups.hit, ...groups.other];
+      const all = Object.values(groups).flat();
       const distance = item => (item.region ? Infinity : Math.hypot(item.x - x, item.y - y) * view.scale);
       const near = all.reduce((best, item) => (distance(item) < distance(best) ? item : best), {region: true});
       const inside = all.find(({region}) => region && region.box.length && x >= region.box[0] && y >= region.box[1] &&
@@ -326,9 +327,12 @@
     }
 
     goTo(item) {
-      const margin = Math.max(250 / this.slide.um_px, 0), {x, y, width, height} = boxOf(item, margin);
-      const [left, top, across, down] = [x, y, width, height].map(side => side / this.span);
-      this.osd.viewport.fitBounds(new OpenSeadragon.Rect(left, top, across, down));
+      const tight = boxOf(item, 0), side = Math.max(tight.width, tight.height);
+      const {x, y, width, height} = boxOf(item, Math.max(0.15 * side, 150 / this.slide.um_px));
+      const [left, top, across, down] = [x, y, width, height].map(length => length / this.span);
+      const home = this.osd.viewport.getHomeBounds();
+      if (across > home.width && down > home.height) this.osd.viewport.goHome();
+      else this.osd.viewport.fitBounds(new OpenSeadragon.Rect(left, top, across, down));
     }
   }
 
@@ -526,10 +530,11 @@
       if (several) blocks.push(...this.differences());
       for (const pane of this.panes) {
         const groups = findings(pane.slide, this.look.least), run = several ? `${this.runs[pane.run].name}: ` : "";
-        blocks.push(...this.group(pane, `${run}missed lesions`, "miss", groups.missed),
-          ...this.group(pane, `${run}false positives`, "fp", groups.fp),
-          ...this.group(pane, `${run}lesions found`, "hit", groups.hit),
-          ...this.group(pane, `${run}others`, "other", groups.other));
+        blocks.push(...this.group(pane, `${run}Missed lesions`, "miss", groups.missed),
+          ...this.group(pane, `${run}False positives`, "fp", groups.fp),
+          ...this.group(pane, `${run}Lesions found`, "hit", groups.hit),
+          ...this.group(pane, `${run}Detections`, "other", groups.unknown),
+          ...this.group(pane, `${run}Not counted`, "other", groups.other));
       }
       this.found.replaceChildren(...blocks);
       const told = this.panes.flatMap(pane => [...pane.slide.notes,
@@ -543,9 +548,9 @@
       const numbers = groups => new Set(groups.map(item => item.region.number));
       const own = [[first, second, 0], [second, first, 1]].flatMap(([ours, theirs, run]) => {
         const missed = numbers(theirs.missed), alone = ours.hit.filter(item => missed.has(item.region.number));
-        return this.group(this.panes[run], `found by ${this.runs[run].name} alone`, "hit", alone);
+        return this.group(this.panes[run], `Found by ${this.runs[run].name} alone`, "hit", alone);
       });
-      return own.length ? own : [make("h3", {}, "both find the same lesions")];
+      return own.length ? own : [make("h3", {}, "Both find the same lesions")];
     }
 
     group(pane, title, kind, items) {
@@ -554,13 +559,13 @@
       const rows = listed.map(item => {
         const entry = {pane, item, kind};
         entry.button = make("button", {type: "button", className: kind, onclick: () => this.choose(pane, item, true)},
-          item.text, make("small", {}, item.about));
+          item.text, item.about ? make("small", {}, item.about) : "");
         this.items.push(entry);
         return make("li", {}, entry.button);
       });
       const more = items.length - listed.length;
       if (more) rows.push(make("li", {}, make("small", {}, `and ${more} more`)));
-      return [make("h3", {}, `${title[0].toUpperCase()}${title.slice(1)} (${items.length})`), make("ol", {}, ...rows)];
+      return [make("h3", {}, `${title} (${items.length})`), make("ol", {}, ...rows)];
     }
 
     choose(pane, item, moves) {
