@@ -43,8 +43,7 @@ check: setup
 
 # The pages of docs/ as a static site, in site/; DOCS=serve shows it while it is written.
 site: setup
-	$(BIN)/python docs/site.py
-	$(BIN)/mkdocs $(or $(DOCS),build --strict)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(DOCS),build --strict)
 
 # The sdist, the wheel, the list of components and the hashes, in dist/; installed and run on every Python found here.
 release:
