@@ -13,7 +13,8 @@ from wsiflow.heatmap.files import Heatmap
 
 def test_a_run_of_the_command_line_is_read(finished: Path, small_slides: Path) -> None:
     """Tissue as `find_tissue` finds it, scores as the run has them, and a detection at the cell that scored it."""
-    run = wsiflow.Run(finished)
+    run = wsiflow.Run(str(finished))
+    assert (run.folder, repr(run)) == (finished, f"Run({str(finished)!r})")
     assert run.slides[0] == "normal_001"
     with wsiflow.open_slide(small_slides.parent / "tumor_001.tif") as slide:
         assert slide.facts.slide_id == "tumor_001"
