@@ -71,8 +71,10 @@ def test_the_installed_wheel_runs_the_notebook(dist: Path, tmp_path: Path) -> No
     notebook.cells.append(nbformat.v4.new_code_cell("print(wsiflow.__file__, wsiflow.predict.__code__.co_filename)"))
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     run = "import nbclient, nbformat, sys; n = nbformat.read('notebook.ipynb', 4); "
-    run += "nbclient.NotebookClient(n, timeout=600).execute(); nbformat.write(n, 'notebook.ipynb')"
-    ended = subprocess.run([python, "-c", run], cwd=tmp_path, env=_clean(), capture_output=True, text=True, check=False)
+    run += "nbclient.NotebookClient(n, timeout=600, startup_timeout=600).execute(); nbformat.write(n, 'notebook.ipynb')"
+    ended = subprocess.run(
+        [python, "-c", run], cwd=tmp_path, env=_clean(tmp_path), capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     cells = json.loads((tmp_path / "notebook.ipynb").read_text())["cells"]
     printed = "".join("".join(out.get("text", "")) for cell in cells for out in cell.get("outputs", ()))
@@ -94,8 +96,10 @@ def _environment(folder: Path, wheel: Path) -> str:
     return str(folder / "bin/python")
 
 
-def _clean() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
+def _clean(folder: Path) -> dict[str, str]:
+    """Return an environment that names no source, and in which Jupyter keeps its files to a folder."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
+    return kept | {"JUPYTER_RUNTIME_DIR": str(folder / "jupyter"), "IPYTHONDIR": str(folder / "ipython")}
 
 
 def test_the_citation_is_of_this_version() -> None:
