@@ -6,7 +6,7 @@ STAMP := .venv/.current
 # Modules are compiled once, and not by every process that imports them, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-full check bench prefect mlflow format clean
+.PHONY: setup demo test test-full check bench site release prefect mlflow format clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,14 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+# The pages of docs/ as a static site, in site/; DOCS=serve shows it while it is written.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(DOCS),build --strict)
+
+# The sdist, the wheel, the list of components and the hashes, in dist/; installed and run on every Python found here.
+release:
+	.ci/release
+
 # About an hour on an idle machine; DATA, GOOGLENET, SLIDE and BEFORE name what is not part of this repository.
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA)) $(if $(GOOGLENET),--googlenet $(GOOGLENET)) \
@@ -59,4 +67,4 @@ mlflow: setup
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 clean:
-	rm -rf .venv build dist *.egg-info demo runs
+	rm -rf .venv build dist site *.egg-info demo runs

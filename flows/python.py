@@ -47,14 +47,20 @@ class Tissue(NamedTuple):
     downsample: float
 
 
-class Run(NamedTuple):
+class Run:
     """A run in its folder, whoever started it; results are read when they are asked for.
 
     Attributes:
         folder: The run's ``out=`` folder.
     """
 
-    folder: Path
+    def __init__(self, folder: Path | str) -> None:
+        """Store the folder; nothing is read yet."""
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        """Return how this run is written in Python."""
+        return f"Run({str(self.folder)!r})"
 
     @property
     def slides(self) -> list[str]:

@@ -1,14 +1,18 @@
-"""What the documents tell users to type is accepted."""
+"""What the documents tell users to type is accepted, and what is said of settings is complete."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from swept import jobs_of
 
 from flows import cli
 from flows.compose import compose_config
+from wsiflow.plan.geometry import Frame, l0_from_h, l0_from_h_corner, window_offsets_px
+from wsiflow.run import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -134,3 +138,31 @@ def test_other_keys_are_further_axes_of_an_experiment() -> None:
         3,
         "stride_tradeoff",
     )
+
+
+def test_the_page_of_settings_has_every_key_with_its_values() -> None:
+    """It is made of ``conf/`` and of the forms when the site is built."""
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/hooks/pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    text = pages.settings_page()
+    assert [key for key in config.known_keys() if f"**`{key}`**" not in text] == []
+    assert "- **`lesions.threshold`** = `0.5`" in text
+    assert "- **`executor.threads`** = `1`" in text
+    link = "[a](docs/truth.md#b), [c](training/README.md), [d](LICENSE), [e](https://e.org)"
+    assert pages._with_links(link, Path()) == "[a](truth.md#b), [c](training.md), d (`LICENSE`), [e](https://e.org)"
+
+
+def test_the_formula_of_the_page_on_heatmaps_is_that_of_the_code() -> None:
+    """Its example: cell (10, 20) of a map of stride 16 over level 0."""
+    page = (ROOT / "docs/heatmap.md").read_text()
+    frame = Frame("centred", 9000, 9000, 1.0, 0.243, 224, 224, 16, 112, 1, 1, 0, 0, 40, 40)
+    x, y = l0_from_h_corner(frame, 10, 20)
+    (centre,) = l0_from_h(frame, np.array([[10.0, 20.0]]))
+    left, top = centre - 112
+    assert (left - x, top - y) == tuple(window_offsets_px(frame)[0])
+    cell = f"covers x {x:.0f} to {x + 16:.0f} and y {y:.0f} to {y + 16:.0f}"
+    assert f"{cell}, and its window x {left:.0f} to {left + 224:.0f} and y {top:.0f} to {top + 224:.0f}" in page

@@ -310,6 +310,16 @@ def test_windows_of_a_run_touch(run: Path, tmp_path: Path) -> None:
         cli.main(["export", str(run), "--to", "wsinfer", "--every", "0"])
 
 
+def test_more_windows_than_a_viewer_takes_are_in_the_csv_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wsinfer, "_MOST_TILES", 3)
+    out = export(run, "wsinfer", tmp_path, "--every", "1", "--slide", "a")
+    assert "slide a: no GeoJSON of " in capsys.readouterr().out
+    assert (out / "model-outputs-csv/a.csv").is_file()
+    assert not (out / "model-outputs-geojson").exists()
+
+
 def test_the_heatmap_comes_back_from_ome_tiff_at_its_place(run: Path, tmp_path: Path) -> None:
     """Values, NaN, cell size, and the corner of the first cell in um from the scanned corner."""
     heat, _ = read_heatmap(run / "heatmaps/a.tif")

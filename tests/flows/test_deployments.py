@@ -237,7 +237,7 @@ def copied(recipe: Path) -> set[str]:
 def test_a_recipe_copies_what_the_package_is_built_of(name: str) -> None:
     """A recipe copies the files from which the test builds the wheel, and pins the versions of ``make``."""
     recipe = ROOT / "deployments" / name
-    sources = {"wsiflow", "conf", "flows", "pyproject.toml", "README.md", "LICENSE"}
+    sources = {"wsiflow", "conf", "flows", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
     assert copied(recipe) == sources | {"constraints.txt"}
     torch = re.search(r"torch==[\d.]+", (ROOT / "Makefile").read_text())
     assert torch is not None

@@ -10,24 +10,11 @@ import wsiflow
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.heatmap.files import Heatmap
 
-ROOT = Path(__file__).parents[2]
-
-
-def test_the_notebook_runs(tmp_path: Path) -> None:
-    """Every cell, in a kernel of its own; the page shows its main cell word for word."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    notebook = nbformat.read(ROOT / "docs/from_python.ipynb", as_version=4)
-    assert notebook.cells[3].source in (ROOT / "docs/python.md").read_text()
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
-    assert "FROC 1.000, AUC 1.000" in printed
-    assert (tmp_path / "run/evaluation/summary.json").is_file()
-    assert notebook.cells[-1].outputs[-1].data["image/png"]
-
 
 def test_a_run_of_the_command_line_is_read(finished: Path, small_slides: Path) -> None:
     """Tissue as `find_tissue` finds it, scores as the run has them, and a detection at the cell that scored it."""
-    run = wsiflow.Run(finished)
+    run = wsiflow.Run(str(finished))
+    assert (run.folder, repr(run)) == (finished, f"Run({str(finished)!r})")
     assert run.slides[0] == "normal_001"
     with wsiflow.open_slide(small_slides.parent / "tumor_001.tif") as slide:
         assert slide.facts.slide_id == "tumor_001"

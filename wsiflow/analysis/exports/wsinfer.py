@@ -23,6 +23,8 @@ from wsiflow.analysis.exports.qupath import box, collection
 from wsiflow.analysis.reviewers.format import Format
 from wsiflow.plan.geometry import l0_from_h, window_offsets_px
 
+_MOST_TILES = 500_000  # a file of 150 MB
+
 
 class Window(NamedTuple):
     """A scored window: its top-left corner and its side, whole level-0 px, and its probability."""
@@ -39,15 +41,16 @@ def windows(found: Findings, every: int) -> Iterator[Window]:
     Corners are rounded to whole pixels, as WSInfer's are. Patches that the reference geometry shifts at the slide's
     border are given where their scores belong.
     """
-    frame = found.frame
-    taken = found.heat[::every, ::every]
-    cells = np.argwhere(np.isfinite(taken))
-    cell_px, half = frame.stride_px, 0.5 if frame.convention == "centred" else 0.0
-    to_corner = (window_offsets_px(frame)[0] - half * cell_px) * frame.l0_per_px
-    corners = np.rint(l0_from_h(frame, cells[:, ::-1].astype(np.float64) * every) + to_corner).astype(np.int64)
+    frame, taken = found.frame, found.heat[::every, ::every]
+    half = 0.5 if frame.convention == "centred" else 0.0
+    to_corner = (window_offsets_px(frame)[0] - half * frame.stride_px) * frame.l0_per_px
     side = round(frame.window_px * frame.l0_per_px)
-    for (x, y), prob in zip(corners.tolist(), taken[tuple(cells.T)].tolist(), strict=True):
-        yield Window(x, y, side, prob)
+    for row, scores in enumerate(taken):  # a map may have 10^8 cells
+        (cols,) = np.nonzero(np.isfinite(scores))
+        cells = np.column_stack([cols, np.full_like(cols, row)]).astype(np.float64) * every
+        corners = np.rint(l0_from_h(frame, cells) + to_corner).astype(np.int64)
+        for (x, y), prob in zip(corners.tolist(), scores[cols].tolist(), strict=True):
+            yield Window(x, y, side, prob)
 
 
 def csv_text(found: Findings, every: int) -> bytes:
@@ -89,12 +92,14 @@ def _natural(text: str) -> int:
 
 
 def _export(arguments: Namespace) -> list[str]:
-    def files(found: Findings, _note: Note) -> dict[str, bytes]:
+    def files(found: Findings, note: Note) -> dict[str, bytes]:
         every = arguments.every or touching(found)
-        return {
-            f"model-outputs-csv/{found.slide_id}.csv": csv_text(found, every),
-            f"model-outputs-geojson/{found.slide_id}.geojson": geojson(found, every),
-        }
+        written = {f"model-outputs-csv/{found.slide_id}.csv": csv_text(found, every)}
+        count = int(np.isfinite(found.heat[::every, ::every]).sum())
+        if count > _MOST_TILES:
+            note(f"slide {found.slide_id}: no GeoJSON of {count:,} windows, which is too much for QuPath; see the CSV")
+            return written
+        return written | {f"model-outputs-geojson/{found.slide_id}.geojson": geojson(found, every)}
 
     return each_slide(arguments, files)
 
