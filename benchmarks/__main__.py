@@ -29,6 +29,7 @@ def main() -> None:
         "scaling": [],
         "memory": [],
         "agreement": _named(given, "googlenet", "slide"),
+        "cascade": [],
         "scale": [],
         "makespan": [],
         "intervals": [],

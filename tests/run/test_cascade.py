@@ -158,6 +158,16 @@ def test_what_a_cascade_cannot_do_is_refused(
     assert said in capsys.readouterr().err
 
 
+def test_a_slide_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not that the first pass has no scores of it."""
+    (tmp_path / "a.tif").write_bytes(b"no slide")
+    (tmp_path / "manifest.csv").write_text("slide_id,path\na,a.tif\n")
+    assert wsiflow(*over(tmp_path / "manifest.csv", tmp_path / "run", *CHEAP)) == 20
+    said = capsys.readouterr()
+    assert "a.tif: " in said.out + said.err
+    assert "no scores of the slide" not in said.out + said.err
+
+
 def random_card(folder: Path) -> Path:
     """Write a card of a network that sees nothing: its weights are random."""
     torch.manual_seed(0)

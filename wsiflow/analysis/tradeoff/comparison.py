@@ -249,8 +249,8 @@ def _over_repeats(core_hours: Iterable[float]) -> CoreHours:
 def _reference(requested: str, groups: Sequence["_Group"], costs: Sequence[CoreHours]) -> str:
     """Return the requested setting, else the one that leaves out least: single precision, and the finest stride.
 
-    It has no first pass that passes over tissue, if that is possible. Where several have these, it is the one with unchanged colours, then the one that runs every window by itself, then
-    the one that costs most.
+    It has no first pass that passes over tissue, if that is possible. Where several have these, it is the one with
+    unchanged colours, then the one that runs every window by itself, then the one that costs most.
     """
     names = [one.name for one in groups]
     if requested:
