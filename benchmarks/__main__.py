@@ -30,6 +30,7 @@ def main() -> None:
         "scaling": [],
         "memory": [],
         "agreement": _named(given, "googlenet", "slide"),
+        "cascade": [],
         "scale": [],
         "makespan": [],
         "starts": _named(given, "before"),

@@ -168,5 +168,5 @@ def median_steps(costs: Sequence[RunCost]) -> dict[str, float]:
 
 def heatmaps(out: Path) -> dict[str, NDArray[np.float32]]:
     """Return the heatmaps of a run by slide."""
-    paths = [path for path in sorted((out / "heatmaps").glob("*.tif")) if ".preview" not in path.name]
+    paths = [path for path in sorted((out / "heatmaps").glob("*.tif")) if "." not in path.stem]
     return {path.stem: files.read_heatmap(path)[0] for path in paths}

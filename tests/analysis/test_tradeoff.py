@@ -158,6 +158,7 @@ def test_the_reference_is_the_finest_stride_in_fp32() -> None:
         "narrow": ({"stride": 8, "precision": "bf16"}, 3.0),
         "fine": ({"stride": 16, "precision": "fp32"}, 2.0),
         "dyed": ({"stride": 16, "precision": "fp32", "stain": "macenko"}, 8.0),
+        "passing over": ({"stride": 8, "precision": "fp32", "threshold": 0.2}, 9.0),
     }
     runs = [
         run(
@@ -167,10 +168,11 @@ def test_the_reference_is_the_finest_stride_in_fp32() -> None:
             inference__stride=own["stride"],
             inference__precision=own["precision"],
             stain__method=own.get("stain", "none"),
+            **({"inference__cascade__threshold": own["threshold"]} if "threshold" in own else {}),
         )
         for name, (own, cost) in settings.items()
     ]
-    assert compared(*runs).reference == "stain=none, stride=16"
+    assert compared(*runs).reference == "precision=fp32, stain=none, stride=16"
     assert compared(*runs[:2]).reference == "stride=224"
     assert compared(run("a", some(3), 1.0, k=1), run("b", some(3), 2.0, k=2)).reference == "k=2"
 

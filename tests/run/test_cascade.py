@@ -144,7 +144,6 @@ def test_other_settings_of_a_cascade_are_refused_by_name(
     [
         (["inference.cascade.um_px=model"], "would cost as much as the run's own"),
         (["inference.cascade.stride=100"], "inference.cascade.stride is 100, it must divide tiles.tile_px"),
-        (["inference.cascade.threshold=auto"], "threshold=auto needs development="),
         (["dense.windows=0"], "it needs dense.windows=200"),
         (["geometry=reference", "tiles=patch"], "it needs geometry=centred"),
         (["inference=window", "inference.refine=0.1"], "it needs inference.refine=0"),
@@ -156,6 +155,16 @@ def test_what_a_cascade_cannot_do_is_refused(
     """Before any slide is opened, with the key and what to do."""
     assert wsiflow(*over(pair, tmp_path / "run", *CHEAP, *changes)) == 20
     assert said in capsys.readouterr().err
+
+
+def test_a_slide_that_cannot_be_read_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not that the first pass has no scores of it."""
+    (tmp_path / "a.tif").write_bytes(b"no slide")
+    (tmp_path / "manifest.csv").write_text("slide_id,path\na,a.tif\n")
+    assert wsiflow(*over(tmp_path / "manifest.csv", tmp_path / "run", *CHEAP)) == 20
+    said = capsys.readouterr()
+    assert "a.tif: " in said.out + said.err
+    assert "no scores of the slide" not in said.out + said.err
 
 
 def random_card(folder: Path) -> Path:
@@ -185,13 +194,13 @@ def test_a_first_pass_that_sees_nothing_is_caught(
     assert 0 < found["cascade.share_above"] < found["cascade.share_above_at_most"] < 1
 
 
-def test_trials_that_differ_in_the_threshold_share_the_first_pass(pair: Path, tmp_path: Path) -> None:
+def test_trials_that_differ_in_the_threshold_share_the_first_pass(small_slides: Path, tmp_path: Path) -> None:
     """The scores of the first pass are computed once, and each trial is charged for them."""
-    trials = []
+    trials, one = [], listed(small_slides, tmp_path, "normal_001")
     for threshold in ("0.2", "0.6"):
         out = tmp_path / threshold
         more = [f"inference.cascade.threshold={threshold}", f"share={tmp_path / 'shared'}", "dense.on_excess=report"]
-        assert wsiflow(*over(pair, out, *CHEAP, *more)) == 0
+        assert wsiflow(*over(one, out, *CHEAP, *more)) == 0
         trials.append(out)
     names = [path.relative_to(trials[0]) for path in (trials[0] / "first/predictions").rglob("*.h5")]
     assert names

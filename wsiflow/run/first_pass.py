@@ -116,6 +116,11 @@ def chosen_threshold(root: Path) -> dict[str, Any]:
     return record
 
 
+def has_heatmap(root: Path, slide_id: str) -> bool:
+    """Tell whether the first pass of a run has a heatmap of a slide."""
+    return publish.read_receipt(folder_of(root), f"heatmaps/{slide_id}.tif") is not None
+
+
 def heatmap_receipt(root: Path, slide_id: str) -> publish.Receipt:
     """Return the receipt of the first pass's heatmap of a slide of a run.
 

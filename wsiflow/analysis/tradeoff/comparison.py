@@ -249,8 +249,8 @@ def _over_repeats(core_hours: Iterable[float]) -> CoreHours:
 def _reference(requested: str, groups: Sequence["_Group"], costs: Sequence[CoreHours]) -> str:
     """Return the requested setting, else the one that leaves out least: single precision, and the finest stride.
 
-    Where several have these, it is the one with unchanged colours, then the one that runs every window by itself, then
-    the one that costs most.
+    It has no first pass that passes over tissue, if that is possible. Where several have these, it is the one with
+    unchanged colours, then the one that runs every window by itself, then the one that costs most.
     """
     names = [one.name for one in groups]
     if requested:
@@ -259,11 +259,12 @@ def _reference(requested: str, groups: Sequence["_Group"], costs: Sequence[CoreH
             raise InputError(f"there is no setting {requested!r}", remedy, stage="comparison")
         return requested
 
-    def preference(place: int) -> tuple[bool, float, bool, bool, float]:
+    def preference(place: int) -> tuple[bool, bool, float, bool, bool, float]:
         params = groups[place].runs[0].params
         stride, cost = params.get("inference.stride", ""), costs[place].mean
         return (
             params.get("inference.precision") == "fp32",
+            not params.get("inference.cascade.threshold"),
             -float(stride) if stride.isdecimal() else -math.inf,
             params.get("stain.method") == "none",
             params.get("inference.engine") == "window",

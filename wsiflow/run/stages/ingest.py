@@ -54,6 +54,8 @@ def ingest(source: Path, index: int) -> tuple[publish.Receipt, bool]:
     config, cases = read_cases(source)
     root, case = source.parent, cases[index]
     settings, name = plan_settings(root, config), f"tissue/{case.slide_id}.json"
+    if settings.cascade is not None and not first_pass.has_heatmap(root, case.slide_id):
+        check_slide(case, config)  # what is wrong with a slide says more than that it has no first scores
     key = record_key(root, case, settings, config)
     done = publish.done(root, name, key)
     if done is not None:
