@@ -1,7 +1,8 @@
 """How long workers on a cluster live, and on how many cores: what a scheduler charges, idle and lost ones included.
 
 Each worker has a small file in the folder ``workers`` of the run. It writes the file anew every few seconds, with the
-seconds since the start of its job, so that the life of a worker that is killed is known too, but for the last of them.
+seconds since the start of its job, so that the life of a worker that is killed is known too, but for the last of them:
+two seconds of a short life, a two-hundredth of a long one, since thousands of workers write to one disk.
 """
 
 import json
@@ -20,6 +21,7 @@ from wsiflow.system.usage import now
 
 FOLDER = "workers"
 _PULSE_S, _LAST_PULSE_S = 2.0, 0.5  # the second in a worker that is about to be ended
+_PULSE_SHARE = 1 / 200  # of the life so far
 
 
 class Life(NamedTuple):
@@ -87,15 +89,17 @@ class Recorder:
             self._file = None
 
     def _pulse(self) -> None:
-        while not self._ends_soon.wait(_PULSE_S):
+        while not self._ends_soon.wait(max(_PULSE_S, _PULSE_SHARE * self._lived_s())):
             self._write()
         while not self._ended.wait(_LAST_PULSE_S):
             self._write()
 
+    def _lived_s(self) -> float:
+        return self._earlier_s + processes.clock_s() - self._began_s
+
     def _write(self) -> None:
         """Write the file anew, in place: the text always has the same length."""
-        lived_s = self._earlier_s + processes.clock_s() - self._began_s
-        text = f'{self._facts[:-1]}, "lived_s": {lived_s:12.2f}}}\n'
+        text = f'{self._facts[:-1]}, "lived_s": {self._lived_s():12.2f}}}\n'
         with self._lock, suppress(OSError):
             if self._file is not None:
                 os.pwrite(self._file, text.encode(), 0)

@@ -52,11 +52,13 @@ def all_receipts(root: Path) -> list[publish.Receipt]:
 
 def all_attempts(root: Path) -> list[dict[str, Any]]:
     """Return every attempt at a task, in the order of their submission; those of a first pass are called so."""
+    own, folder = trace.attempts(root), first_pass.folder_of(root)
+    if not folder.is_dir():
+        return own
     first = (
-        row | {name: f"{first_pass.FOLDER} {row[name]}" for name in ("task", "stage")}
-        for row in trace.attempts(first_pass.folder_of(root))
+        row | {name: f"{first_pass.FOLDER} {row[name]}" for name in ("task", "stage")} for row in trace.attempts(folder)
     )
-    return sorted([*trace.attempts(root), *first], key=lambda row: str(row["submit"]))
+    return sorted([*own, *first], key=lambda row: str(row["submit"]))
 
 
 def begin(config: RunConfig) -> None:
