@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -72,6 +73,21 @@ def as_typed(words: Sequence[str]) -> list[str]:
     is_sweep = not {"-m", "--multirun"}.isdisjoint(words)
     places = _places_of_overrides(words)
     return [literal([word], sweep=is_sweep)[0] if place in places else word for place, word in enumerate(words)]
+
+
+def as_overrides(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line as overrides alone, for what composes without Hydra's command line.
+
+    A folder of configurations, ``--config-dir``, becomes the setting that names it.
+    """
+    rest, found = list(words), list[str]()
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in {"--config-dir", "-cd"} and (equals or place + 1 < len(words)):
+            folder = value if equals else words[place + 1]
+            found.append(f"hydra.searchpath=[file://{Path(folder).absolute()}]")
+            rest[place : place + 1 if equals else place + 2] = [""] * (1 if equals else 2)
+    return [*as_typed([word for word in rest if word]), *found]
 
 
 def _places_of_overrides(words: Sequence[str]) -> set[int]:

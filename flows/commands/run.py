@@ -36,7 +36,7 @@ def _script(words: Sequence[str]) -> str:
     from wsiflow.run.executor import ends, submission
     from wsiflow.run.executor.pieces import Tries
 
-    config = compose.compose_config(run.as_typed(words))
+    config = compose.compose_config(run.as_overrides(words))
     params = config.executor
     if params.array is None or params.kind != "array":
         cause = f"{_SCRIPT_ONLY} shows what a scheduler is given, and executor.kind is {params.kind}"

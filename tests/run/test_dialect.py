@@ -555,6 +555,14 @@ def test_what_would_be_submitted_is_shown_and_tested(
     assert main([*words, "executor.array.minutes=61"]) == 30
     assert "no job of main may run for 61 min, the limit is 60; lower executor.array.minutes" in capsys.readouterr().err
     assert main([*words, "executor=process"]) == 20
+    site = tmp_path / "site/executor/ours.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("defaults: [slurm_array, _self_]\narray: {account: theirs}\n")
+    commands(squeue="echo away >&2; exit 1")
+    assert main([*words[:-1], "--config-dir", str(site.parents[1]), "executor=ours"]) == 0
+    shown = capsys.readouterr().out
+    assert " --account=theirs " in shown
+    assert shown.endswith("\nnot tested: Slurm does not answer (away)\n")
 
 
 # A Slurm with room for ROOM elements of a user; it runs an element at every fourth call of squeue.

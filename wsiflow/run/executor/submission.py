@@ -118,26 +118,36 @@ def preview(form: Form, request: Request, size: int) -> str:
         size: Number of elements.
 
     Raises:
-        EnvironmentFault: The scheduler does not answer, or nothing here can meet the request.
+        EnvironmentFault: Nothing here can meet the request, or the scheduler would refuse it.
     """
-    dialect = form.params.dialect
-    jobs.require_answer(dialect)
-    found = bounds.read(form.params)
-    found.require(**request._asdict(), threads=form.threads)
-    script = element.script(form.params.prologue)
-    name = f"{form.job_name()}-0"
+    script, name = element.script(form.params.prologue), f"{form.job_name()}-0"
     command = form.command(name, size, request, form.root / "logs" / name)
     lines = ["# " + str(form.script), script, shlex.join(map(str, command)), ""]
     lines.append(f"variables  {', '.join(form.variables())}")
-    lines.append(f"bounds     {found.as_text()}")
-    if dialect.test:
-        with tempfile.TemporaryDirectory() as folder:  # the run's folder is not made before the run
-            own = Path(folder) / form.script.name
-            own.write_text(script, encoding="utf-8")
-            tested = form.command(name, size, request, form.root / "logs" / name, for_test=True)
-            answer = form.test([str(own) if part == str(form.script) else part for part in tested])
-        said = refusal(answer)
-        if answer.returncode and (not dialect.unmet or re.search(dialect.unmet, answer.stdout + answer.stderr)):
-            raise EnvironmentFault(f"{dialect.name} would refuse this: {said}", "correct executor.array")
-        lines.append(f"{dialect.name:<10} {said}")
-    return "\n".join(lines)
+    try:
+        jobs.require_answer(form.params.dialect)
+    except EnvironmentFault as fault:
+        return "\n".join([*lines, f"not tested: {fault.cause}"])
+    found = bounds.read(form.params)
+    found.require(**request._asdict(), threads=form.threads)
+    return "\n".join([*lines, f"bounds     {found.as_text()}", *_tested(form, name, script, request, size)])
+
+
+def _tested(form: Form, name: str, script: str, request: Request, size: int) -> list[str]:
+    """Return what the scheduler says of an array of some elements, in a line, where it tests without submitting.
+
+    Raises:
+        EnvironmentFault: It would refuse the array.
+    """
+    dialect = form.params.dialect
+    if not dialect.test:
+        return []
+    with tempfile.TemporaryDirectory() as folder:  # the run's folder is not made before the run
+        own = Path(folder) / form.script.name
+        own.write_text(script, encoding="utf-8")
+        tested = form.command(name, size, request, form.root / "logs" / name, for_test=True)
+        answer = form.test([str(own) if part == str(form.script) else part for part in tested])
+    said = refusal(answer)
+    if answer.returncode and (not dialect.unmet or re.search(dialect.unmet, answer.stdout + answer.stderr)):
+        raise EnvironmentFault(f"{dialect.name} would refuse this: {said}", "correct executor.array")
+    return [f"{dialect.name:<10} {said}"]
