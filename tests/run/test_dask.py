@@ -366,6 +366,8 @@ def test_jobs_of_a_killed_driver_are_cancelled(slurm, tmp_path: Path, monkeypatc
     dask_jobs.note(tmp_path, "1000001", ["true"])
     assert dask_jobs.drop_left(tmp_path) == [job.job]
     assert [one.job for one in dask_jobs.own(tmp_path)] == ["1000001"]
+    assert jobqueue.cancel(tmp_path) == "1 Dask job cancelled", "as at Ctrl-C"
+    assert jobqueue.cancel(tmp_path) is None
     publish.sweep_attempts(tmp_path)
     assert list((tmp_path / publish.ATTEMPTS).iterdir()) == [], "no certificate is left"
     states = call("scontrol", "--oneliner", "show", "job", job.job)

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from slice_work import die_at_7, linger, square
 
-from flows.cluster import workers
+from flows.cluster import _note_shared_cores, workers
 from wsiflow.errors import EnvironmentFault, Failure
 from wsiflow.run import executor, shards
 from wsiflow.run.executor.kinds import KINDS, Kind
@@ -170,3 +170,14 @@ def test_what_a_run_has_one_task_of_ends_it_with_the_error_of_that_task(tmp_path
     with pytest.raises(EnvironmentFault, match=r"^choose: it died; nobody knows why; free memory; run again") as ended:
         shards.once(Dying(), tmp_path / "cases.json", "choose")
     assert ended.value.failure == failure
+
+
+def test_workers_beyond_the_cores_of_a_job_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """In a job the cores are its own, and not those of the machine."""
+    caplog.set_level("WARNING", "wsiflow")
+    base = {"kind": "process", "slice_s": 0}
+    for count, threads in ((0, 1), (4, 1), (2, 4)):
+        _note_shared_cores(ExecutorParams.model_validate(base | {"workers": count, "threads": threads}), 4)
+    assert caplog.messages == [
+        "executor.workers=2 of executor.threads=4 share 4 cores, which are all that this process may use"
+    ]

@@ -413,6 +413,24 @@ def test_first_starts_at_the_same_time(tmp_path: Path) -> None:
     assert {run.info.run_id for run in all_runs(uri, "test")} == {item.run_id for item in logged}
 
 
+def _killed_start(uri: str) -> None:
+    from mlflow.store.db import utils
+
+    utils._upgrade_db = lambda *_: os._exit(137)  # some of the tables are there
+    tracking.log_run(params_for(uri), record())
+
+
+def test_a_store_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
+    """Half a store would take no record for ever: it has its name only when it is whole."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    process = multiprocessing.get_context("spawn").Process(target=_killed_start, args=(uri,))
+    process.start()
+    process.join()
+    assert process.exitcode == 137
+    assert tracking.log_run(params_for(uri), record()).reason == ""
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_off_records_nothing(tmp_path: Path) -> None:
     """With tracking off nothing is written, and the reason says so."""
     logged = tracking.log_run(params_for(f"sqlite:///{tmp_path}/mlflow.db", kind="off"), record())

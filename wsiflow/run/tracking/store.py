@@ -111,7 +111,21 @@ def _opened(params: TrackingParams) -> Iterator["MlflowClient"]:
 
     params = params.model_copy(update={"uri": whole(params.uri)})
     with only_writer(params), _quiet():
+        _create_whole(database(params.uri))
         yield MlflowClient(tracking_uri=_patient(params))
+
+
+def _create_whole(path: Path | None) -> None:
+    """Create a SQLite store that is not there under another name: of half a one MLflow could make nothing any more."""
+    if path is None or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    draft = path.with_name(f".{path.name}.new")
+    for left in (draft, draft.with_name(f"{draft.name}-journal")):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"{SQLITE}{draft}").search_experiments(max_results=1)
+    draft.replace(path)
 
 
 @contextmanager
