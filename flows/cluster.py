@@ -54,9 +54,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
         stopping.shield()
     with (
         cluster(params, cores=cores, root=root) as client,
-        executor.make(
-            params, cores=cores, root=root, client=client, needs=_needs(root), numeric_class=_numeric_class(root)
-        ) as pool,
+        executor.make(params, cores=cores, root=root, client=client, **_about_nodes(params, root)) as pool,
         stopping.at_stop(pool.stop),
     ):
         yield _StoppableExecutor(pool)
@@ -69,15 +67,13 @@ def _note_shared_cores(params: ExecutorParams, cores: int) -> None:
         logs.note(f"{text}which are all that this process may use", logging.WARNING)
 
 
-def _needs(root: Path) -> Sequence[Path]:
-    """Return what every node has to see besides the run's folder; nothing where its slides are not listed yet."""
-    path = ingest.newest_cases(root)
-    return needed_paths(path) if path else ()
-
-
-def _numeric_class(root: Path) -> Mapping[str, str] | None:
-    """Return the class of machines that the run is planned for; None where there is no plan yet."""
-    return latest_plan(root).settings.numeric_class if publish.generations(root, "plan.json") else None
+def _about_nodes(params: ExecutorParams, root: Path) -> dict[str, Any]:
+    """Return what every node of array jobs must have, see `executor.make`: what it sees, and its class of machines."""
+    path = ingest.newest_cases(root) if params.kind == "array" else None
+    if path is None:
+        return {}
+    planned = latest_plan(root).settings.numeric_class if publish.generations(root, "plan.json") else None
+    return {"needs": needed_paths(path), "numeric_class": planned}
 
 
 class _StoppableExecutor:

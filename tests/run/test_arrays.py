@@ -610,7 +610,7 @@ def test_hundreds_of_slices_survive_the_loss_of_elements_and_of_the_driver(
     assert subprocess.run(command, check=False).returncode == 0
     assert published(out) == published(tmp_path / "inline")
     predicted = taken(out, "predict")
-    assert len(set(predicted)) > 30 * MANY_SLIDES
+    assert len(set(predicted)) > 25 * MANY_SLIDES
     assert len(predicted) <= len(set(predicted)) + 1, "only what the killed element did was done again"
     assert sum(found["elements"] for found in events(out, "intent")) < 30, "starts"
 

@@ -104,6 +104,13 @@ def moved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_nodes_must_see_a_slide_of_each_folder(finished: Path) -> None:
+    """The model ships with wsiflow, and the folder of the missing slide is not here either."""
+    listed = cases.read_cases(finished / "cases.json")[1]
+    assert [case.path.exists() for case in listed] == [True, True, False]
+    assert cases.needed_paths(finished / "cases.json") == [listed[0].path]
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -24,6 +24,7 @@ _SCORE_COPIES = 3  # while the scores of a group's blocks are joined and divided
 #: File of a trial's folder that names its sweep's overrides, ``key=value`` separated by commas, and so the trial.
 CLAIM = "receipts/trial"
 
+_CHECKED_FOLDERS = 32
 _LATER = frozenset({"name", "columns", "mpp_if_none", "tissue_mask_path", "roi_path"})
 _NEXT_OVERRIDE = re.compile(r",(?=[\w./@:+-]+=)")
 _CASES = TypeAdapter(tuple[Case, ...])
@@ -73,12 +74,12 @@ def needed_paths(path: Path) -> list[Path]:
         path: The ``cases.json`` of the run.
 
     Returns:
-        The model's card and weights, and the first slide of each folder; what is not here either is left out.
+        The model's card and weights, and the first slide of each of some folders; what is not here either is left out.
     """
     config, cases = read_cases(path)
     first = {case.path.parent: case.path for case in reversed(cases)}
     model = [] if str(config.model.card).startswith(card.PACKAGED) else [config.model.card, config.model.card.parent]
-    return [each for each in (*model, *first.values()) if each.exists()]
+    return [each for each in (*model, *[*first.values()][:_CHECKED_FOLDERS]) if each.exists()]
 
 
 def check_model(config: RunConfig) -> None:
