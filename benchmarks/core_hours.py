@@ -30,7 +30,8 @@ from wsiflow.run.stages.measure import areas_px
 from wsiflow.system.machine import cpu_supports_bf16, installed_version
 
 PAPER_CORE_H = 180_000
-_TABLE = "camelyon16/tables/patch_counts_dldp.csv"
+_BOXES = "camelyon16/tables/patch_counts_dldp.csv"
+_AREAS = "camelyon16/tables/tissue_normal_geometry.csv"
 
 
 class Size(NamedTuple):
@@ -60,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines, choices = _lines(folder, size, quick=given.quick)
         windows = _windows(size, quick=given.quick)
     counted, names = _counted(given.data, choices, size.every)
-    boxes = _boxes(given.data)
-    values = {"lines": lines, "windows_s": windows, "counted": counted, "slides": names, "boxes": boxes}
+    values = {"lines": lines, "windows_s": windows, "counted": counted, "slides": names}
+    values["boxes"] = _column(given.data / _BOXES, "n_tiles_224")
+    values["areas"] = _column(given.data / _AREAS, "tissue_area_mm2")
     values["core_h"] = _core_hours(values)
     finish(given, "core_hours", about, values, _tables(values))
 
@@ -175,19 +177,23 @@ def _of_mask(mask: extents.Mask, choice: Choice) -> dict[str, float]:
     return found
 
 
-def _boxes(data: Path) -> dict[str, int]:
-    """Return the number of tiles in the box of each of the 399 slides."""
-    with (data / _TABLE).open(encoding="utf-8", newline="") as stream:
-        return {row["slide"].lower(): int(row["n_tiles_224"]) for row in csv.DictReader(stream)}
+def _column(path: Path, name: str) -> dict[str, float]:
+    """Return a column of a table by slide: tiles in the boxes of 399 slides, or mm2 of tissue of 158 normal ones."""
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {row["slide"].lower(): float(row[name]) for row in csv.DictReader(stream)}
 
 
 def _factors(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return by how much the outlines are multiplied for all slides: by their number, and by the tiles in boxes."""
-    boxes, names = values["boxes"], values["slides"]
-    known = [name for name in names if name in boxes]
+    """Return by how much the counted slides are multiplied for all slides.
+
+    To all that have outlines by the area of their tissue, which is known for each; from these to all by their number,
+    or by the tiles in their boxes.
+    """
+    boxes, areas = values["boxes"], values["areas"]
+    outlined = sum(areas.values()) / sum(areas[name] for name in values["slides"])
     return {
-        "by slides": len(boxes) / len(names),
-        "by boxes": sum(boxes.values()) / sum(boxes[name] for name in known) * len(known) / len(names),
+        "by slides": outlined * len(boxes) / len(areas),
+        "by boxes": outlined * sum(boxes.values()) / sum(boxes[name] for name in areas),
     }
 
 

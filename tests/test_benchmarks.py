@@ -92,12 +92,13 @@ def test_core_hours_keep_apart_what_was_measured_and_what_is_extrapolated() -> N
         "windows_s": {"fp32": Spread(1.0, 1.0, 1.0)},
         "counted": {"16": counted},
         "slides": ["a", "b"],
-        "boxes": {"a": 10, "b": 10, "c": 40, "d": 60},
+        "areas": {"a": 3.0, "b": 3.0, "e": 6.0},
+        "boxes": {"a": 10, "b": 10, "e": 20, "c": 40, "d": 80, "f": 80},
     }
     values["core_h"] = core_hours._core_hours(values)
     hours = values["core_h"]["fp32, stride 16, touching"]
     assert hours == pytest.approx(
-        {"outlines": 0.1 + 18 / 3600, "by slides": 0.2 + 36 / 3600, "by boxes": 0.6 + 36 / 3600}
+        {"outlines": 0.1 + 18 / 3600, "by slides": 0.4 + 54 / 3600, "by boxes": 1.2 + 54 / 3600}
     )
     assert values["core_h"]["fp32, stride 16, windows one by one"]["outlines"] == pytest.approx(2.0)
     _, estimates, foretold = core_hours._tables(values)

@@ -72,8 +72,8 @@ def test_core_hours_are_those_of_the_run_within_the_range_that_is_told(
     core_s = (predict.fixed_s - predict.waited_s) * plan.n_groups + predict.unit_s * tiles
     assert told["core_hours"]["predict"] * 3600 == pytest.approx(core_s)
     total, (least, most) = sum(told["core_hours"].values()), told["core_hours_between"]
-    assert least < 0.91 * total
-    assert most > 1.09 * total
+    assert least < 0.71 * total
+    assert most > 1.29 * total
     output = capsys.readouterr().out
     assert f"core-hours to do: {total:.3g}, between {least:.3g} and {most:.3g}" in output
     assert f"measured on {basis.blocks} blocks of 2 slides" in output
@@ -83,11 +83,11 @@ def test_core_hours_are_those_of_the_run_within_the_range_that_is_told(
 
 
 def test_the_range_holds_the_groups_that_were_measured() -> None:
-    """It is that of the cheapest and the dearest of them for scores, and a tenth for everything else, at least."""
+    """It is that of the cheapest and the dearest of them for scores, and three tenths for all else, at least."""
     hours = {"predict": 10.0, "certify": 1.0}
-    wide = Basis(slides=2, blocks=10, megapixels=30.0, least=0.7, most=1.3, cpu="")
-    assert core_hours_between(hours, wide) == pytest.approx((7.9, 14.1))
-    assert core_hours_between(hours, wide._replace(least=0.99, most=1.01)) == pytest.approx((9.9, 12.1))
+    wide = Basis(slides=2, blocks=10, megapixels=30.0, least=0.6, most=1.5, cpu="")
+    assert core_hours_between(hours, wide) == pytest.approx((6.7, 16.3))
+    assert core_hours_between(hours, wide._replace(least=0.99, most=1.01)) == pytest.approx((7.7, 14.3))
 
 
 def test_nothing_but_the_costs_is_left_behind(calibrated: Path) -> None:
