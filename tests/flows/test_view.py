@@ -33,7 +33,7 @@ needs_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is
 @contextmanager
 def served(*roots: Path) -> Iterator[server.Viewer]:
     """Keep a viewer of runs answering."""
-    runs = {str(number): ServedRun(root) for number, root in enumerate(roots)}
+    runs = {root.name: ServedRun(root) for root in roots}
     with server.listening(runs) as viewer:
         thread = threading.Thread(target=viewer.serve_forever)
         thread.start()
@@ -269,7 +269,7 @@ def test_two_runs_move_together(two_settings: tuple[Path, Path], tab: browser.Ta
     with served(*two_settings) as viewer:
         tab.open(f"{viewer.link}#slide=tumor_001")
         at_rest(tab, "tumor_001")
-        tab.wait_for("Both find the same lesions", "0: Lesions found (1)", "1: Lesions found (1)")
+        tab.wait_for("Both find the same lesions", "fp32: Lesions found (1)", "other: Lesions found (1)")
         tab.value("wsiflow.zoom(2)")
         bounds = "wsiflow.panes.map(({osd}) => Object.values(osd.viewport.getBounds(true)).slice(0, 4))"
         tab.wait(f"{AT_REST} && wsiflow.panes[0].osd.viewport.getZoom() > 1.1")

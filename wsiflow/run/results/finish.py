@@ -93,6 +93,7 @@ class Clock:
 
 
 _SHOWN = ("evaluation", "evaluation-PARTIAL")
+_Attempts = Sequence[Mapping[str, Any]]
 
 
 class WorkLog(NamedTuple):
@@ -176,7 +177,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
     if scoring is None:
         worst = max(status.exit_code for status in statuses)
         spent = _work_metrics(root, "evaluation", config, plan, work, clock) | _cost_so_far(root, work)
-        _write_unscored_report(root, config, plan, spent)
+        _write_unscored_report(root, config, plan, spent, attempts)
         _note_spent(root, work)
         return Summary(worst, {}, failure_text(root, statuses), statuses)
     missing = missing_slides(statuses)
@@ -189,7 +190,7 @@ def finish(config: RunConfig, plan_path: Path, progress: Sequence[Progress], clo
         | _colours(root, plan, receipts)
     )
     told = read_metrics(published.folder / "scores.json") | numbers | _cost_so_far(root, work)
-    _write_report(root, folder, config, plan, told)
+    _write_report(root, folder, config, plan, told, attempts)
     metrics = summarise(root, folder, published, numbers | _total_cost(root, work))
     if not missing:
         _show_alone(root, folder)
@@ -317,20 +318,24 @@ def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, floa
     return counts | {"cache.hit_rate": 1 - n_executed / n_outcomes if n_outcomes else 1.0}
 
 
-def _write_report(root: Path, folder: str, config: RunConfig, plan: Plan, metrics: Mapping[str, float]) -> None:
+def _write_report(
+    root: Path, folder: str, config: RunConfig, plan: Plan, metrics: Mapping[str, float], attempts: _Attempts
+) -> None:
     """Write ``report.html`` from the published tables, figures, findings and pictures."""
     scored = {row["slide_id"]: row for row in tables.read(root / folder / "cases.csv", *OWN_TABLE).rows()}
     figures = {name: (root / folder / name).read_bytes() for name in ("froc.png", "roc.png")}
     found = shown.read_findings(root / folder)
-    _render(root, config, plan, _Content(metrics, scored, figures, found))
+    _render(root, config, plan, _Content(metrics, scored, figures, found, attempts))
 
 
-def _write_unscored_report(root: Path, config: RunConfig, plan: Plan, metrics: Mapping[str, float]) -> None:
+def _write_unscored_report(
+    root: Path, config: RunConfig, plan: Plan, metrics: Mapping[str, float], attempts: _Attempts
+) -> None:
     """Write ``report.html`` where nothing is scored because slides are missing: it shows the others, and why."""
     maps = {slide.slide_id: stitch.STAGE.product_of(plan, index) for index, slide in enumerate(plan.slides)}
     receipts = {slide_id: publish.read_receipt(root, name) for slide_id, name in maps.items()}
     scores = {slide_id: {"score": receipt.get("score", "")} for slide_id, receipt in receipts.items() if receipt}
-    _render(root, config, plan, _Content(metrics, scores, {}, {}))
+    _render(root, config, plan, _Content(metrics, scores, {}, {}, attempts))
 
 
 class _Content(NamedTuple):
@@ -341,12 +346,14 @@ class _Content(NamedTuple):
         columns: More cells of the table of slides by column, by slide id.
         figures: Bytes of the figures by file name; none where nothing was scored.
         findings: What became of detections and regions by slide id; none where nothing was scored.
+        attempts: Every attempt at a task, see `wsiflow.run.trace.attempts`.
     """
 
     metrics: Mapping[str, float]
     columns: Mapping[str, Mapping[str, Any]]
     figures: Mapping[str, bytes]
     findings: Mapping[str, Any]
+    attempts: _Attempts
 
 
 def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> None:
@@ -364,7 +371,7 @@ def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> Non
         settings=settings(config.model_dump(mode="json"), plan),
         versions=versions(),
         plan_hash=plan.hash,
-        busy_s=trace.last_busy_s(trace.attempts(root), [one.since for one in driver.spent(root)]),
+        busy_s=trace.last_busy_s(content.attempts, [one.since for one in driver.spent(root)]),
     )
     publish.write_view(root, "report.html", report.render(data).encode())
 

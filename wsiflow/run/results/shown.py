@@ -58,7 +58,7 @@ def asset(name: str) -> str:
 
 
 def slide_rows(root: Path, plan: Plan, columns: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """Return a row for every slide of a run: how it ended, its name and remarks, and more columns by slide id.
+    """Return a row for every slide of a run: how it ended, its name, label and remarks, and more columns by slide id.
 
     A run that has not ended yet has rows of the planned slides that do not say how they ended.
     """
@@ -67,9 +67,18 @@ def slide_rows(root: Path, plan: Plan, columns: Mapping[str, Row]) -> list[dict[
     listed: Sequence[Row] = list(tables.read(path, *OWN_TABLE).rows()) if path.is_file() else bare
     cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
     about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
+    labels = {case.slide_id: "" if case.label is None else case.label for case in cases}
     for planned in plan.slides:
         about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
-    return [{**row, **columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
+    return [
+        {
+            "label": labels.get(row["slide_id"], ""),
+            **row,
+            **columns.get(row["slide_id"], {}),
+            **about.get(row["slide_id"], {}),
+        }
+        for row in listed
+    ]
 
 
 def read_findings(folder: Path) -> dict[str, Any]:

@@ -185,6 +185,9 @@
       for (const event of ["open", "update-viewport", "resize"]) this.osd.addHandler(event, () => this.draw());
       this.osd.addHandler("viewport-change", () => this.app.follow(this));
       this.osd.addHandler("open-failed", () => this.say("the picture of this slide cannot be shown"));
+      this.osd.addHandler("tile-load-failed", event => {
+        if (!/abort/i.test(event.message || "")) this.say("a part of the picture cannot be read");
+      });
       this.osd.addHandler("canvas-click", event => event.quick && this.pick(event.position));
       this.stage.addEventListener("mousemove", event => this.point(event));
     }
