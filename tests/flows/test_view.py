@@ -254,8 +254,10 @@ def test_a_real_slide_is_viewed(real: Path, tab: browser.Tab, tmp_path: Path) ->
         rows, cols, _ = seen.shape
         left, top = -round(view["x"]), round(tab.value("wsiflow.panes[0].osd.container.clientHeight") / 4 - view["y"])
         with open_slide(Path(planned.path), slide_id="a") as slide:
-            expected = [slide.read(left + x, top + y, 0, (cols, rows)).rgb for x in (-1, 0, 1) for y in (-1, 0, 1)]
-        assert min(np.median(np.abs(seen - each)) for each in expected) < 9, "a pixel beside it is 18"
+            near = [slide.read(left + x, top + y, 0, (cols, rows)).rgb for x in (-1, 0, 1) for y in (-1, 0, 1)]
+            elsewhere = slide.read(left + 40, top + 40, 0, (cols, rows)).rgb
+        errors = [np.abs(seen - each).mean() for each in (*near, elsewhere)]
+        assert min(errors) < errors[-1] / 2, "the same pixels, up to compression and a part of a pixel"
         tab.value(ONLY_MAP)
         moved(tab, "opacity", 0.6)
         tab.value("wsiflow.zoom(0)")

@@ -509,7 +509,6 @@
         if (this.slide === i) pane.show(slide || absent(this.slides[i]), number);
       }));
       if (this.slide !== i) return; // another one was opened meanwhile
-      this.leader = null;
       this.relook(true);
       this.root.dataset.slide = this.slides[i].id;
     }
@@ -608,17 +607,18 @@
       osd.viewport.panBy(new OpenSeadragon.Point((x * bounds.width) / 4, (y * bounds.height) / 4)).applyConstraints();
     }
 
-    /** Show the same part of the slide in the other pictures. */
+    /** Show the same part of the slide in the other pictures, unless it is what another one has just shown here. */
     follow(pane) {
-      if (this.panes.length < 2 || this.following || !pane.osd.isOpen()) return;
-      this.following = true;
+      if (this.panes.length < 2 || !pane.osd.isOpen()) return;
       const {x, y, width, height} = pane.osd.viewport.getBounds(true);
+      if (pane.echo === `${x} ${y} ${width} ${height}`) return;
       for (const other of this.panes) {
         if (other === pane || !other.osd.isOpen()) continue;
         const [left, top, across, down] = [x, y, width, height].map(side => (side * pane.span) / other.span);
         other.osd.viewport.fitBounds(new OpenSeadragon.Rect(left, top, across, down), true);
+        const shown = other.osd.viewport.getBounds(true);
+        other.echo = `${shown.x} ${shown.y} ${shown.width} ${shown.height}`;
       }
-      this.following = false;
     }
 
     key(event) {
