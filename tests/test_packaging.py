@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_wheel_holds_conf_flows_and_weights(tmp_path: Path) -> None:
-    """Every YAML of ``conf/``, every module, the demo weights with their card; no test."""
+def test_the_wheel_holds_conf_flows_weights_and_viewer(tmp_path: Path) -> None:
+    """Every YAML of ``conf/``, every module, the demo weights with their card, the viewer; no test."""
     source = tmp_path / "source"  # a copy: building in place leaves files that a later build would take in
     for name in ("wsiflow", "conf", "flows"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -25,5 +25,8 @@ def test_the_wheel_holds_conf_flows_and_weights(tmp_path: Path) -> None:
     expected |= {f"wsiflow/{path.relative_to(ROOT / 'wsiflow')}" for path in (ROOT / "wsiflow").rglob("*.py")}
     expected |= {f"wsiflow/flows/{path.relative_to(ROOT / 'flows')}" for path in (ROOT / "flows").rglob("*.py")}
     expected |= {"wsiflow/model/weights/demo.json", "wsiflow/model/weights/demo.safetensors"}
+    viewer = "wsiflow/run/results/viewer"
+    expected |= {f"{viewer}/{name}" for name in ("viewer.js", "viewer.css", "openseadragon.min.js")}
+    expected |= {f"{viewer}/openseadragon.LICENSE.txt"}
     assert expected <= names
     assert not [name for name in names if name.startswith("tests/")]
