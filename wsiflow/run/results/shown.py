@@ -10,6 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,9 +209,11 @@ def pictures(root: Path, planned: SlidePlan, budget_bytes: int) -> dict[str, Any
         heat = None
     if heat is not None:
         shown["heat"] = cells_of(planned) | heat[1]
-    picture = _picture(root / overviews.picture_of(planned.slide_id), budget_bytes - (len(heat[0]) if heat else 0))
-    if picture is not None:
-        shown["picture"] = placed(picture, planned)
+    path = root / overviews.picture_of(planned.slide_id)
+    with suppress(OSError):  # a damaged file costs its picture and not the report: `wsiflow verify` names it
+        picture = _picture(path, budget_bytes - (len(heat[0]) if heat else 0))
+        if picture is not None:
+            shown["picture"] = placed(picture, planned)
     return shown
 
 
@@ -231,8 +234,8 @@ def _heat(path: Path, budget_bytes: int) -> tuple[bytes, dict[str, Any]] | None:
 
 
 def _picture(path: Path, budget_bytes: int) -> bytes | None:
-    """Return the picture of a slide as a JPEG, reduced as far as needed; None where there is none."""
-    if not path.is_file():
+    """Return the picture of a slide as a JPEG, reduced as far as needed; None where there is none, or no room."""
+    if not path.is_file() or budget_bytes <= 0:
         return None
     data = path.read_bytes()
     if len(data) <= budget_bytes:

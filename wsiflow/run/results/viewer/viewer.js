@@ -516,11 +516,12 @@
     async load(run, number) {
       const inline = document.getElementById(`slide-${run}-${number}`);
       if (inline) return JSON.parse(inline.textContent);
+      const listed = this.runs[run].slides[number];
       try {
         const answer = await fetch(`${run}/slide/${number}.json`);
-        return answer.ok ? answer.json() : null;
+        return answer.ok ? await answer.json() : {...absent(listed), remark: await answer.text()};
       } catch {
-        return {...absent(this.runs[run].slides[number]), remark: "the viewer has ended: start it again"};
+        return {...absent(listed), remark: "the viewer has ended: start it again"};
       }
     }
 
