@@ -36,7 +36,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_conf_flows_and_weights(dist: Path) -> None:
-    """Every YAML of ``conf/``, every module, the weights with their cards, the licence and the notice; no test."""
+    """Every YAML of ``conf/``, every module, the weights with their cards, the viewer and the licences; no test."""
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         names = set(opened.namelist())
@@ -47,6 +47,9 @@ def test_the_wheel_holds_conf_flows_and_weights(dist: Path) -> None:
         f"wsiflow/model/weights/{name}.{kind}" for name in ("demo", "pcam") for kind in ("json", "safetensors")
     }
     expected |= {"wsiflow/py.typed"}
+    viewer = "wsiflow/run/results/viewer"
+    expected |= {f"{viewer}/{name}" for name in ("viewer.js", "viewer.css", "openseadragon.min.js")}
+    expected |= {f"{viewer}/openseadragon.LICENSE.txt"}
     assert expected <= names
     assert {Path(name).name for name in names if "/licenses/" in name} >= {"LICENSE", "NOTICE"}
     assert not [name for name in names if name.startswith("tests/")]

@@ -33,7 +33,7 @@ needs_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is
 @contextmanager
 def served(*roots: Path) -> Iterator[server.Viewer]:
     """Keep a viewer of runs answering."""
-    runs = {str(number): ServedRun(root) for number, root in enumerate(roots)}
+    runs = {root.name: ServedRun(root) for root in roots}
     with server.listening(runs) as viewer:
         thread = threading.Thread(target=viewer.serve_forever)
         thread.start()
@@ -254,8 +254,10 @@ def test_a_real_slide_is_viewed(real: Path, tab: browser.Tab, tmp_path: Path) ->
         rows, cols, _ = seen.shape
         left, top = -round(view["x"]), round(tab.value("wsiflow.panes[0].osd.container.clientHeight") / 4 - view["y"])
         with open_slide(Path(planned.path), slide_id="a") as slide:
-            expected = [slide.read(left + x, top + y, 0, (cols, rows)).rgb for x in (-1, 0, 1) for y in (-1, 0, 1)]
-        assert min(np.median(np.abs(seen - each)) for each in expected) < 9, "a pixel beside it is 18"
+            near = [slide.read(left + x, top + y, 0, (cols, rows)).rgb for x in (-1, 0, 1) for y in (-1, 0, 1)]
+            elsewhere = slide.read(left + 40, top + 40, 0, (cols, rows)).rgb
+        errors = [np.abs(seen - each).mean() for each in (*near, elsewhere)]
+        assert min(errors) < errors[-1] / 2, "the same pixels, up to compression and a part of a pixel"
         tab.value(ONLY_MAP)
         moved(tab, "opacity", 0.6)
         tab.value("wsiflow.zoom(0)")
@@ -269,7 +271,7 @@ def test_two_runs_move_together(two_settings: tuple[Path, Path], tab: browser.Ta
     with served(*two_settings) as viewer:
         tab.open(f"{viewer.link}#slide=tumor_001")
         at_rest(tab, "tumor_001")
-        tab.wait_for("Both find the same lesions", "0: Lesions found (1)", "1: Lesions found (1)")
+        tab.wait_for("Both find the same lesions", "fp32: Lesions found (1)", "other: Lesions found (1)")
         tab.value("wsiflow.zoom(2)")
         bounds = "wsiflow.panes.map(({osd}) => Object.values(osd.viewport.getBounds(true)).slice(0, 4))"
         tab.wait(f"{AT_REST} && wsiflow.panes[0].osd.viewport.getZoom() > 1.1")

@@ -316,7 +316,18 @@ def test_the_bytes_of_a_page_are_bounded(finished: Path) -> None:
     assert sum(len(one["src"]) for one in small.values()) < 30_000 * 4 / 3 + 100
     for one in (whole, small):
         assert one["picture"]["downsample"] * one["picture"]["width"] == planned.frame.l0_width_px
-    assert "picture" not in shown.pictures(finished, planned, 500)
+    for none in (500, 0, -500):
+        assert "picture" not in shown.pictures(finished, planned, none)
+
+
+def test_a_damaged_picture_costs_no_report(finished: Path, tmp_path: Path) -> None:
+    """What is left of a slide is shown; nothing is where both files are damaged."""
+    (planned, *_) = latest_plan(finished).slides
+    for folder, name in (("overviews", ".jpg"), ("heatmaps", ".preview.tif")):
+        (tmp_path / folder).mkdir()
+        whole = (finished / f"{folder}/{planned.slide_id}{name}").read_bytes()
+        (tmp_path / f"{folder}/{planned.slide_id}{name}").write_bytes(whole[:200])
+        assert shown.pictures(tmp_path, planned, 1_000_000) == {}
 
 
 def test_slides_come_in_the_order_of_what_went_wrong(finished: Path) -> None:

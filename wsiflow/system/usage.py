@@ -110,9 +110,8 @@ class Spending:
     @classmethod
     def charge(cls) -> float:
         """Return the core-seconds that are not charged yet, and charge them."""
-        uncharged_s = cls.uncharged()
-        cls.charged_s = (cls.charged_s or 0.0) + uncharged_s
-        return uncharged_s
+        before, cls.charged_s = cls.charged_s or 0.0, tree_core_s()
+        return max(0.0, cls.charged_s - before)
 
     @classmethod
     def uncharged(cls) -> float:

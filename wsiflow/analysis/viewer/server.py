@@ -65,7 +65,7 @@ class Viewer(ThreadingHTTPServer):
             return _plain(403, "open the link that wsiflow view printed")
         try:
             return self._content(rest)
-        except (WsiflowError, IndexError) as error:
+        except (WsiflowError, IndexError, OSError) as error:
             return _plain(404, str(error))
 
     def _content(self, rest: str) -> Answer:

@@ -51,8 +51,6 @@ from wsiflow.system.machine import allocated_cores
 from wsiflow.system.provenance import versions
 from wsiflow.system.usage import Spending
 
-_Rows = Sequence[Mapping[str, Any]]
-
 
 class Summary(NamedTuple):
     """The result of a run.
@@ -95,6 +93,7 @@ class Clock:
 
 
 _SHOWN = ("evaluation", "evaluation-PARTIAL")
+_Attempts = Sequence[Mapping[str, Any]]
 
 
 class WorkLog(NamedTuple):
@@ -328,7 +327,7 @@ def _counts(balance: Ledger, n_outcomes: int, n_executed: int) -> dict[str, floa
 
 
 def _write_report(
-    root: Path, folder: str, config: RunConfig, plan: Plan, metrics: Mapping[str, float], attempts: _Rows
+    root: Path, folder: str, config: RunConfig, plan: Plan, metrics: Mapping[str, float], attempts: _Attempts
 ) -> None:
     """Write ``report.html`` from the published tables, figures, findings and pictures."""
     scored = {row["slide_id"]: row for row in tables.read(root / folder / "cases.csv", *OWN_TABLE).rows()}
@@ -338,7 +337,7 @@ def _write_report(
 
 
 def _write_unscored_report(
-    root: Path, config: RunConfig, plan: Plan, metrics: Mapping[str, float], attempts: _Rows
+    root: Path, config: RunConfig, plan: Plan, metrics: Mapping[str, float], attempts: _Attempts
 ) -> None:
     """Write ``report.html`` where nothing is scored because slides are missing: it shows the others, and why."""
     maps = {slide.slide_id: stitch.STAGE.product_of(plan, index) for index, slide in enumerate(plan.slides)}
@@ -355,14 +354,14 @@ class _Content(NamedTuple):
         columns: More cells of the table of slides by column, by slide id.
         figures: Bytes of the figures by file name; none where nothing was scored.
         findings: What became of detections and regions by slide id; none where nothing was scored.
-        attempts: Every attempt at a task, see `trace.attempts`.
+        attempts: Every attempt at a task, see `wsiflow.run.trace.attempts`.
     """
 
     metrics: Mapping[str, float]
     columns: Mapping[str, Mapping[str, Any]]
     figures: Mapping[str, bytes]
     findings: Mapping[str, Any]
-    attempts: _Rows
+    attempts: _Attempts
 
 
 def _render(root: Path, config: RunConfig, plan: Plan, content: _Content) -> None:

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def asset(name: str) -> str:
 
 
 def slide_rows(root: Path, plan: Plan, columns: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """Return a row for every slide of a run: how it ended, its name and remarks, and more columns by slide id.
+    """Return a row for every slide of a run: how it ended, its name, label and remarks, and more columns by slide id.
 
     A run that has not ended yet has rows of the planned slides that do not say how they ended.
     """
@@ -67,9 +68,18 @@ def slide_rows(root: Path, plan: Plan, columns: Mapping[str, Row]) -> list[dict[
     listed: Sequence[Row] = list(tables.read(path, *OWN_TABLE).rows()) if path.is_file() else bare
     cases = read_cases(publish.generations(root, "cases.json")[-1])[1]
     about: dict[str, dict[str, Any]] = {case.slide_id: {"name": case.name} for case in cases}
+    labels = {case.slide_id: "" if case.label is None else case.label for case in cases}
     for planned in plan.slides:
         about.setdefault(planned.slide_id, {})["remarks"] = remarks(root, planned.slide_id)
-    return [{**row, **columns.get(row["slide_id"], {}), **about.get(row["slide_id"], {})} for row in listed]
+    return [
+        {
+            "label": labels.get(row["slide_id"], ""),
+            **row,
+            **columns.get(row["slide_id"], {}),
+            **about.get(row["slide_id"], {}),
+        }
+        for row in listed
+    ]
 
 
 def read_findings(folder: Path) -> dict[str, Any]:
@@ -199,9 +209,11 @@ def pictures(root: Path, planned: SlidePlan, budget_bytes: int) -> dict[str, Any
         heat = None
     if heat is not None:
         shown["heat"] = cells_of(planned) | heat[1]
-    picture = _picture(root / overviews.picture_of(planned.slide_id), budget_bytes - (len(heat[0]) if heat else 0))
-    if picture is not None:
-        shown["picture"] = placed(picture, planned)
+    path = root / overviews.picture_of(planned.slide_id)
+    with suppress(OSError):  # a damaged file costs its picture and not the report: `wsiflow verify` names it
+        picture = _picture(path, budget_bytes - (len(heat[0]) if heat else 0))
+        if picture is not None:
+            shown["picture"] = placed(picture, planned)
     return shown
 
 
@@ -222,8 +234,8 @@ def _heat(path: Path, budget_bytes: int) -> tuple[bytes, dict[str, Any]] | None:
 
 
 def _picture(path: Path, budget_bytes: int) -> bytes | None:
-    """Return the picture of a slide as a JPEG, reduced as far as needed; None where there is none."""
-    if not path.is_file():
+    """Return the picture of a slide as a JPEG, reduced as far as needed; None where there is none, or no room."""
+    if not path.is_file() or budget_bytes <= 0:
         return None
     data = path.read_bytes()
     if len(data) <= budget_bytes:

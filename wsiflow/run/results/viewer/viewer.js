@@ -185,6 +185,9 @@
       for (const event of ["open", "update-viewport", "resize"]) this.osd.addHandler(event, () => this.draw());
       this.osd.addHandler("viewport-change", () => this.app.follow(this));
       this.osd.addHandler("open-failed", () => this.say("the picture of this slide cannot be shown"));
+      this.osd.addHandler("tile-load-failed", event => {
+        if (!/abort/i.test(event.message || "")) this.say("a part of the picture cannot be read");
+      });
       this.osd.addHandler("canvas-click", event => event.quick && this.pick(event.position));
       this.stage.addEventListener("mousemove", event => this.point(event));
     }
@@ -506,7 +509,6 @@
         if (this.slide === i) pane.show(slide || absent(this.slides[i]), number);
       }));
       if (this.slide !== i) return; // another one was opened meanwhile
-      this.leader = null;
       this.relook(true);
       this.root.dataset.slide = this.slides[i].id;
     }
@@ -514,11 +516,12 @@
     async load(run, number) {
       const inline = document.getElementById(`slide-${run}-${number}`);
       if (inline) return JSON.parse(inline.textContent);
+      const listed = this.runs[run].slides[number];
       try {
         const answer = await fetch(`${run}/slide/${number}.json`);
-        return answer.ok ? answer.json() : null;
+        return answer.ok ? await answer.json() : {...absent(listed), remark: await answer.text()};
       } catch {
-        return {...absent(this.runs[run].slides[number]), remark: "the viewer has ended: start it again"};
+        return {...absent(listed), remark: "the viewer has ended: start it again"};
       }
     }
 
@@ -605,17 +608,18 @@
       osd.viewport.panBy(new OpenSeadragon.Point((x * bounds.width) / 4, (y * bounds.height) / 4)).applyConstraints();
     }
 
-    /** Show the same part of the slide in the other pictures. */
+    /** Show the same part of the slide in the other pictures, unless it is what another one has just shown here. */
     follow(pane) {
-      if (this.panes.length < 2 || this.following || !pane.osd.isOpen()) return;
-      this.following = true;
+      if (this.panes.length < 2 || !pane.osd.isOpen()) return;
       const {x, y, width, height} = pane.osd.viewport.getBounds(true);
+      if (pane.echo === `${x} ${y} ${width} ${height}`) return;
       for (const other of this.panes) {
         if (other === pane || !other.osd.isOpen()) continue;
         const [left, top, across, down] = [x, y, width, height].map(side => (side * pane.span) / other.span);
         other.osd.viewport.fitBounds(new OpenSeadragon.Rect(left, top, across, down), true);
+        const shown = other.osd.viewport.getBounds(true);
+        other.echo = `${shown.x} ${shown.y} ${shown.width} ${shown.height}`;
       }
-      this.following = false;
     }
 
     key(event) {
