@@ -106,7 +106,7 @@ class WorkLog(NamedTuple):
     """
 
     receipts: Sequence[publish.Receipt]
-    attempts: _Rows
+    attempts: _Attempts
     new: Set[str]
 
 
