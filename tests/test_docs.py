@@ -17,6 +17,7 @@ from wsiflow.run import config
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
+    "docs/cascade.md",
     "docs/cluster.md",
     "docs/compare.md",
     "docs/deploy.md",
