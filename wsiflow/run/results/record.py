@@ -52,9 +52,10 @@ def all_receipts(root: Path) -> list[publish.Receipt]:
 
 def all_attempts(root: Path) -> list[dict[str, Any]]:
     """Return every attempt at a task, in the order of their submission; those of a first pass are called so."""
+    folder = first_pass.folder_of(root)
     first = (
         row | {name: f"{first_pass.FOLDER} {row[name]}" for name in ("task", "stage")}
-        for row in trace.attempts(first_pass.folder_of(root))
+        for row in (trace.attempts(folder) if folder.is_dir() else ())
     )
     return sorted([*trace.attempts(root), *first], key=lambda row: str(row["submit"]))
 
