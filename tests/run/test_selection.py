@@ -50,7 +50,7 @@ def outlined(path: Path, left: int, top: int, right: int, bottom: int) -> None:
 def tiles(case: Case, *overrides: str) -> tuple[np.ndarray, str]:
     """Return which of the 6 x 8 tiles of a slide are looked at, and the remark about it."""
     config = compose_config(["dataset=single", f"dataset.path={case.path}", *overrides])
-    found = ingest._inspect(case, config)
+    found = ingest._inspect(config.out, case, config)
     grid = np.zeros((6, 8), np.bool_)
     part = tissue_grid(found["tile_runs"])
     grid[: part.shape[0], : part.shape[1]] = part
