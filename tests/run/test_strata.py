@@ -128,6 +128,17 @@ def test_every_cell_is_of_one_kind_and_the_weights_are_their_numbers() -> None:
     assert len(np.unique(drawn.block[drawn.kind == 3])) == 8
 
 
+def test_every_detection_has_a_window_however_many_there_are() -> None:
+    """Three hundred detections all over the slide are run again, and a few windows of other tissue besides."""
+    peaks = tuple((row, col) for row in range(0, 160, 8) for col in range(0, 150, 10))
+    drawn = drawn_from(scores_of(2), None, SEEDS[2], peaks)
+    own = drawn.kind == strata.KINDS.index("detection")
+    assert sorted(drawn.detection[own]) == list(range(300))
+    assert all(tuple(cell) == peaks[i] for cell, i in zip(drawn.cells[own].tolist(), drawn.detection[own], strict=True))
+    assert (drawn.weighing.weight[own] == 1).all()
+    assert 25 <= (~own).sum() <= 40
+
+
 def test_every_region_has_a_window_however_many_there_are() -> None:
     """A hundred lesions of one cell each are all looked at."""
     marked = np.zeros(FRAME.h_shape, np.int32)

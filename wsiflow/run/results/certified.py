@@ -5,9 +5,9 @@ scores in fp32 in place of the published ones wherever a window was run again. A
 again moves by the difference there, and is gone where that cell is not above the threshold any more; a cell inside an
 annotated region that exceeds the threshold in fp32 alone is a detection more, and so is one that a first pass has
 passed over. The difference and its interval are those of a paired comparison (`wsiflow.evaluation.paired`), which has a
-width where nothing differs: it is about slides like these. It bounds what the windows that were drawn can show. The
-less confident of many detections and cells of a region that were not drawn keep their published scores, and false
-positives that fp32 alone would have are not counted.
+width where nothing differs: it is about slides like these. It bounds what the windows that were drawn can show. Every
+detection was; cells of a region that were not drawn keep their published scores, and false positives that fp32 alone
+would have are not counted.
 """
 
 import math

@@ -28,7 +28,7 @@ from wsiflow.system import publish
 #: The kind of what a first pass has passed over, beside the kinds of comparison.
 PASSED = "passed"
 
-_FORM = 2  # of the file, and of how windows are drawn
+_FORM = 3  # of the file, and of how windows are drawn
 
 Pairs = Mapping[str, list[float]]
 """``scores`` and what is ``expected`` of them, lists of equal length."""

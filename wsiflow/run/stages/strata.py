@@ -3,9 +3,8 @@
 Input: the heatmap of a slide, its blocks, the cells at which detections peak, and the annotated regions. Output: cells
 of the heatmap with the number of windows that each stands for.
 
-Every scored cell belongs to the first kind that fits. ``detection``: a detection's highest cell; all are drawn, up to
-half of the windows and those in sixteen blocks, of the most confident detections first. ``lesion``: inside an annotated
-region; a quarter of the windows, and one at least in each region. ``threshold``: within `NEAR` of the threshold of
+Every scored cell belongs to the first kind that fits. ``detection``: a detection's highest cell; all are drawn.
+``lesion``: inside an annotated region; a quarter of the windows, and one at least in each region. ``threshold``: within `NEAR` of the threshold of
 detections; an eighth. ``rest``: every other cell. The last three are drawn from random blocks, up to eight of a kind, a
 few windows from each, because it is blocks that are read. Cells outside the slide are of no kind: they have no score.
 """
@@ -27,7 +26,6 @@ NEAR = 0.1
 
 _LEAST_OF_REGION = 4  # cells that are drawn of each annotated region that is passed over
 _BLOCKS = 8  # from which windows of a kind are drawn at random
-_PEAK_BLOCKS = 16  # blocks are read whole: detections all over a large slide would have much of it read again
 
 Cells = NDArray[np.int64]
 """int64 (n, 2), row and column of cells of a heatmap."""
@@ -96,7 +94,7 @@ class _Wish(NamedTuple):
 
 
 def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
-    """Draw about ``count`` windows; more where there are more annotated regions than a quarter of that.
+    """Draw about ``count`` windows; more where there are many detections, or more annotated regions than a quarter.
 
     Args:
         slide: The slide.
@@ -104,8 +102,7 @@ def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
         count: Number of windows.
     """
     grid = _grid(slide)
-    chosen = _near_peaks(slide.peaks, grid, count // 2)
-    peaks = slide.peaks[chosen]
+    peaks = slide.peaks
     free = np.isfinite(slide.heat)
     free[tuple(peaks.T)] = False
     parts = [_Part(peaks, np.ones(len(peaks)), np.arange(len(peaks)), KINDS.index("detection"))]
@@ -116,7 +113,7 @@ def draw(slide: Scored, *, seed: str, count: int) -> Drawn:
     parts += _of_blocks(grid, near, seed, _Wish(KINDS.index("threshold"), max(1, count // 8), _BLOCKS))
     left = max(1, count // 8, count - sum(len(part.cells) for part in parts))
     parts += _of_blocks(grid, free & ~near, seed, _Wish(KINDS.index("rest"), left, _BLOCKS))
-    return _ordered(grid, parts, chosen)
+    return _ordered(grid, parts, len(peaks))
 
 
 class Passed(NamedTuple):
@@ -216,14 +213,6 @@ def _grid(slide: Scored) -> _Grid:
     return grid
 
 
-def _near_peaks(peaks: Cells, grid: _Grid, count: int) -> NDArray[np.int64]:
-    """Return the indices of the most confident detections, of so few blocks that these are read soon."""
-    blocks, _ = grid.at(peaks)
-    first = np.unique(blocks, return_index=True)[1]
-    read = blocks[np.sort(first)[:_PEAK_BLOCKS]]
-    return np.flatnonzero(np.isin(blocks, read))[:count]
-
-
 def _of_regions(regions: NDArray[np.int32], grid: _Grid, free: NDArray[np.bool_], seed: str, count: int) -> list[_Part]:
     """Draw cells from each annotated region."""
     inside = np.where(free, regions, 0)
@@ -262,14 +251,14 @@ def _of_blocks(grid: _Grid, mask: NDArray[np.bool_], seed: str, wish: _Wish) -> 
     return [_Part(cells, weight * scale, units, wish.kind, wish.region)]
 
 
-def _ordered(grid: _Grid, parts: Sequence[_Part], peaks: NDArray[np.int64]) -> Drawn:
-    """Return the drawn cells of all parts in the order of their blocks."""
+def _ordered(grid: _Grid, parts: Sequence[_Part], n_peaks: int) -> Drawn:
+    """Return the drawn cells of all parts, of which the first are those of detections, in the order of their blocks."""
     sizes = [len(part.cells) for part in parts]
     cells = np.concatenate([np.empty((0, 2), np.int64), *(part.cells for part in parts)])
     block, window = grid.at(cells)
     order = np.lexsort((window, block))
     detection = np.full(len(cells), -1)
-    detection[: len(peaks)] = peaks
+    detection[:n_peaks] = np.arange(n_peaks)
     kind, region = (np.repeat([part[place] for part in parts], sizes) for place in (3, 4))
     weighing = Weighing(
         np.concatenate([part.weight for part in parts])[order],
