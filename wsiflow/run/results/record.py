@@ -215,7 +215,6 @@ _MAIN_METRICS = (
     "certificate.slides_beyond",
     "cascade.missed",
     "tissue.lesion_recall",
-    "tissue.lesion_recall_area",
     "tissue.n_slides_empty",
 )
 _MAIN_SETTINGS = (

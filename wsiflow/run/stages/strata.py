@@ -4,9 +4,10 @@ Input: the heatmap of a slide, its blocks, the cells at which detections peak, a
 of the heatmap with the number of windows that each stands for.
 
 Every scored cell belongs to the first kind that fits. ``detection``: a detection's highest cell; all are drawn.
-``lesion``: inside an annotated region; a quarter of the windows, and one at least in each region. ``threshold``: within `NEAR` of the threshold of
-detections; an eighth. ``rest``: every other cell. The last three are drawn from random blocks, up to eight of a kind, a
-few windows from each, because it is blocks that are read. Cells outside the slide are of no kind: they have no score.
+``lesion``: inside an annotated region; a quarter of the windows, and one at least in each region. ``threshold``: within
+`NEAR` of the threshold of detections; an eighth. ``rest``: every other cell. The last three are drawn from random
+blocks, up to eight of a kind, a few windows from each, because it is blocks that are read. Cells outside the slide are
+of no kind: they have no score.
 """
 
 from collections.abc import Sequence
