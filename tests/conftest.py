@@ -10,6 +10,7 @@ os.environ["WSIFLOW_PROGRESS_S"] = "0"
 import contextlib
 import fcntl
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest."""
     ranks = {f"test_{name}": rank for rank, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+@pytest.fixture(autouse=True)
+def _every_record(caplog: pytest.LogCaptureFixture) -> None:
+    """Let each test see all log records: NNCF raises the level of all handlers that it finds, and pytest keeps one."""
+    caplog.handler.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Why elements of array jobs ended, in the words of recorded schedulers, and what is requested and advised then."""
 
 import json
-import logging
 import math
 import os
 import signal
@@ -235,7 +234,6 @@ def test_a_scheduler_without_its_accounts_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An element that the accounts do not know yet is no reason for it, a file that is missing is."""
-    caplog.set_level(logging.WARNING)  # NNCF raises the level of all handlers that it finds
     answers = iter(["error: job id 9 not found", *["error: /var/accounting: No such file or directory"] * 2])
     monkeypatch.setattr(jobs, "call", lambda command: jobs.Answer(command, 1, "", next(answers)))
     for _ in range(3):

@@ -1,6 +1,5 @@
 """Executors: each task ends once, a task that kills its worker fails alone, and no caller waits for ever."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,6 @@ def test_every_task_ends_once(kind: str) -> None:
 
 def test_a_task_that_kills_its_worker_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Its neighbours are retried and succeed; the task is named with the reason, and the pool goes on."""
-    caplog.set_level(logging.WARNING)  # NNCF raises the level of all handlers that it finds
     with executor.make(params("process"), cores=2, root=HERE.parent) as pool:
         attempts = list(pool.run(die_at_7, HERE, "predict", sliced(12)))
         outcomes = {o.task: o for o in attempts if not o.retried}
