@@ -43,8 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _every_record(caplog: pytest.LogCaptureFixture) -> None:
-    """Let each test see all log records: NNCF raises the level of all handlers that it finds, and pytest keeps one."""
+def _every_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Let each test see all warnings: NNCF raises the levels of the root logger and of all handlers that it finds."""
+    caplog.set_level(logging.WARNING)
     caplog.handler.setLevel(logging.NOTSET)
 
 
