@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -828,3 +829,24 @@ def test_an_element_beyond_the_table_has_nothing_to_do(monkeypatch: pytest.Monke
     table = tmp_path / "t.json"
     table.write_text('{"index": "PBS_ARRAY_INDEX", "base": 1, "elements": 1}')
     assert element.run(table) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("slurm", "sbatch: error: invalid partition specified: nowhere"),
+        (
+            "slurm",
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination",
+        ),
+        ("sge", 'Unable to run job: Job was rejected because job requests unknown queue "nowhere"'),
+        ("pbs", "qsub: Unknown queue"),
+        ("lsf", "nowhere: No such queue. Job not submitted."),
+    ],
+)
+def test_a_refusal_that_no_waiting_cures_is_known(name: str, refusal: str) -> None:
+    """It is not taken for a queue that is full, which is."""
+    dialect = compose_config([f"executor={name}_array"]).executor.array.dialect
+    assert re.search(dialect.wrong, refusal)
+    assert not re.search(dialect.full, refusal)
+    assert not re.search(dialect.wrong, "sbatch: error: AssocMaxSubmitJobLimit")

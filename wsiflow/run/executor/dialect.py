@@ -99,6 +99,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     full: str = Field(
         default="", description="Pattern of refusals that end by themselves: this user has too many jobs at present."
     )
+    wrong: str = Field(default="", description="Pattern of refusals of a submission that no waiting cures.")
     bounds: tuple[str, ...] = Field(default=(), description="Command that lists partitions or nodes with their sizes.")
     bound: str = Field(
         default="",
@@ -159,7 +160,9 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     def _is_pattern(cls, value: str) -> str:
         return _compiled(value)
 
-    @field_validator(*("full", "bound", "reason", "hopeless", "held", "lives", "words", "peak", "elapsed", "by"))
+    @field_validator(
+        *("full", "wrong", "bound", "reason", "hopeless", "held", "lives", "words", "peak", "elapsed", "by")
+    )
     @classmethod
     def _is_new_pattern(cls, value: str) -> str:
         return _compiled(value)

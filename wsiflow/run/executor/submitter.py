@@ -138,14 +138,22 @@ class Submitter:
                 self._full_s, self._watch.refused = _FULL_S, ""
                 self._queue.widen()
                 return job
+            if self._is_wrong(answer):
+                break
         self._log.append("ended", name=name)
         refusal = submission.refusal(answer)
+        if self._is_wrong(answer):
+            raise self._refused(size, refusal)
         is_full = bool(self._dialect.full and re.search(self._dialect.full, refusal))
         if self._queue.give_back(name, size) or is_full:  # sites limit the jobs of a user, those of other runs included
             self._forget(name)
             self._wait(refusal, self._full_s if is_full else min(self._full_s, 2 * self._params.poll_s))
             return ""
         raise self._refused(size, refusal)
+
+    def _is_wrong(self, answer: jobs.Answer) -> bool:
+        """Tell whether the scheduler refused for a reason that no waiting cures."""
+        return bool(self._dialect.wrong and re.search(self._dialect.wrong, submission.refusal(answer)))
 
     def _test(self, name: str, size: int, request: Request) -> None:
         """Have a scheduler test a request that would accept what it can never meet.
