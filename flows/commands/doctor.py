@@ -32,7 +32,6 @@ from ..terminal import say
 
 _LEAST_FREE = 10e9  # of a disk: a run of one real slide with store=hdf5
 _LEAST_MEMORY = 4e9  # of a worker, see tiles.memory_mb
-_SHARED_MEMORY = Path("/dev/shm")
 _SCHEDULERS = ("slurm_array", "sge_array", "pbs_array", "lsf_array")
 _STAGE = "probe"
 
@@ -197,9 +196,9 @@ def _processes(config: RunConfig) -> Iterator[Finding]:
 
 
 def _slides(_config: RunConfig) -> Iterator[Finding]:
-    from wsiflow.slides.readers.openslide_file import library_version
+    from wsiflow.slides.readers.openslide_file import checked_version
 
-    yield Finding("ok", f"OpenSlide {library_version()} reads slides")
+    yield Finding("ok", f"OpenSlide {checked_version()} reads slides")
 
 
 def _prefect(config: RunConfig) -> Iterator[Finding]:

@@ -354,7 +354,7 @@ def test_an_old_openslide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions with known memory faults and swapped pixel sizes are not used."""
     monkeypatch.setattr(openslide, "__library_version__", "4.0.0")
     with pytest.raises(EnvironmentFault, match=r"4\.0\.0, older than 4\.0\.1"):
-        openslide_file.library_version.__wrapped__()
+        openslide_file.checked_version.__wrapped__()
 
 
 @pytest.mark.parametrize("names", [("s.mrxs", "s/Data0.dat"), ("1.dcm", "2.dcm"), ("i.vms", "tile.jpg")])

@@ -163,7 +163,7 @@ class OpenSlideFile:
 
 def open_file(path: Path) -> OpenSlideFile:
     """Open a slide; the library's own ``open_slide`` would also accept an ordinary image."""
-    library_version()
+    checked_version()
     try:
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
@@ -200,7 +200,7 @@ def _damaged(cause: str, path: Path) -> WsiflowError:
 
 
 @cache
-def library_version() -> str:
+def checked_version() -> str:
     """Return the version of the OpenSlide library.
 
     Raises:
