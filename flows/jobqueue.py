@@ -8,11 +8,15 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor import dask_jobs
+from wsiflow.run.executor.dialect import Dialect
 from wsiflow.run.executor.params import DaskParams
 from wsiflow.system import publish
 
@@ -174,14 +178,20 @@ def _await_reason(root: Path) -> None:
     Raises:
         EnvironmentFault: It will never start.
     """
-    end = time.monotonic() + _FIRST_S
+    end, dialect = time.monotonic() + _FIRST_S, _dialect_of_slurm()
     while time.monotonic() < end and (reasons := dask_jobs.reasons(dask_jobs.own(root))):
-        if hopeless := [reason for reason in reasons if dask_jobs.is_hopeless(reason)]:
+        if hopeless := [reason for reason in reasons if dialect.is_hopeless(reason)]:
             cause = f"the jobs of the Dask workers would never start: {', '.join(hopeless)}"
             raise EnvironmentFault(cause, _REMEDY, stage="executor")
         if reasons != [_NO_REASON_YET]:
             return
         time.sleep(_FIRST_POLL_S)
+
+
+def _dialect_of_slurm() -> Dialect:
+    """Return the dialect in which `dask_jobs.reasons` are, as array jobs of Slurm have it."""
+    text = resources.files("wsiflow.conf").joinpath("executor/slurm_array.yaml").read_text(encoding="utf-8")
+    return Dialect(**yaml.safe_load(text)["array"]["dialect"])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ which is not too small.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,19 @@ class Weighing(NamedTuple):
     def of(self, windows: NDArray[np.bool_] | slice) -> "Weighing":
         """Return how some of the windows were drawn."""
         return Weighing(self.weight[windows], self.part[windows], self.unit[windows])
+
+
+def pooled(weighings: Sequence[Weighing]) -> Weighing:
+    """Return how the windows of several samples were drawn: no part of one is one of another."""
+    parts, first = [np.empty(0, np.int64)], 0
+    for each in weighings:
+        parts.append(each.part + first)
+        first += int(each.part.max(initial=-1)) + 1
+    return Weighing(
+        np.concatenate([np.empty(0), *(each.weight for each in weighings)]),
+        np.concatenate(parts),
+        np.concatenate([np.empty(0, np.int64), *(each.unit for each in weighings)]),
+    )
 
 
 class Limits(NamedTuple):

@@ -5,7 +5,6 @@ driver is gone have no scheduler of Dask to work for any more.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,6 @@ from wsiflow.system.usage import now
 LOG = f"{publish.RECEIPTS}/dask_jobs.jsonl"
 
 _DRIVER_S = 10.0
-# Why jobs of Slurm wait, of what waiting does not cure.
-_HOPELESS = re.compile(
-    r"PartitionTimeLimit|PartitionConfig|BadConstraints|NotAllowed|InvalidAccount|InvalidQOS|MaxMemPerLimit|MaxWall|"
-    r"MaxCpuPerNode|Max\w*PerJob|DependencyNever"
-)
 
 
 class DaskJob(NamedTuple):
@@ -122,8 +116,3 @@ def reasons(listed: Sequence[DaskJob]) -> list[str]:
         return []
     answer = jobs.call(["squeue", "--noheader", "--states=PENDING", f"--jobs={ids}", "--format=%r"])
     return sorted({line.strip() for line in answer.stdout.splitlines() if line.strip()})
-
-
-def is_hopeless(reason: str) -> bool:
-    """Tell whether a job that waits for this reason will never start."""
-    return _HOPELESS.search(reason) is not None

@@ -22,7 +22,7 @@ from wsiflow.evaluation import discordance, paired
 from wsiflow.evaluation.froc import Matches
 from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.model import certificate
-from wsiflow.model.certificate import ScoreDeviation, Weighing
+from wsiflow.model.certificate import ScoreDeviation
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import certificates, passed_over
@@ -135,13 +135,9 @@ def _pooled(plan: Plan, kind: str, parts: Sequence[Certificate], chosen: int | N
     threshold = plan.settings.lesions.threshold if "." not in kind else certificate.DECISION
     if certificates.method_of(kind) != "windows":
         return certificate.score_deviation(scores, expected, threshold=threshold)
-    weighings, first = [], 0
-    for one in parts:
-        weighings.append(one.weighing()._replace(part=np.array(one.part, np.int64) + first))
-        first += max(one.part, default=-1) + 1
     own = np.concatenate([np.empty(0, np.int64), *(np.array(one.kind, np.int64) for one in parts)])
     kept = np.ones(len(own), np.bool_) if chosen is None else own == chosen
-    weighing = Weighing(*(np.concatenate(each)[kept] for each in zip(*weighings, strict=True)))
+    weighing = certificate.pooled([one.weighing() for one in parts]).of(kept)
     return certificate.score_deviation(scores[kept], expected[kept], threshold=threshold, weighing=weighing)
 
 

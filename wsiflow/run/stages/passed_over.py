@@ -120,14 +120,9 @@ def estimate(parts: Sequence[PassedOver], threshold: float) -> Estimate:
     above, cells = scores > threshold, sum(one.cells for one in parts)
     if not len(scores):
         return Estimate(0, 0, cells, 0.0, 0.0, 0.0)
-    weighings, begin = [], 0
-    for one in parts:
-        weighing = one.weighing()
-        weighings.append(weighing._replace(part=weighing.part + begin))
-        begin += max(one.part, default=-1) + 1
-    weight, part, unit = (np.concatenate(each) for each in zip(*weighings, strict=True))
-    share = float(np.average(above, weights=weight))
-    at_most = certificate.upper_bounds(above[None].astype(np.float64), np.ones(1), Weighing(weight, part, unit))
+    weighing = certificate.pooled([one.weighing() for one in parts])
+    share = float(np.average(above, weights=weighing.weight))
+    at_most = certificate.upper_bounds(above[None].astype(np.float64), np.ones(1), weighing)
     found = share * cells + sum(one.above for one in parts)
     return Estimate(
         n=len(scores),
