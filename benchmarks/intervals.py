@@ -15,7 +15,8 @@ from scipy import special
 from benchmarks.measuring import ResultTable, arguments, finish, machine, say
 from wsiflow.evaluation import discordance, froc, resampling, roc
 from wsiflow.evaluation.froc import Matches
-from wsiflow.evaluation.paired import Setting, bootstrap
+from wsiflow.evaluation.paired import bootstrap
+from wsiflow.evaluation.setting import Setting
 
 MARGIN = 0.02
 METRICS = ("froc.score", "froc.sensitivity_at_0.25", "froc.sensitivity_at_1", "froc.sensitivity_at_8", "roc.auc")

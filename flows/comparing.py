@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_API_URL
 
-from wsiflow.analysis.tradeoff import comparison, report
+from wsiflow.analysis.tradeoff import comparison, report, rows
 from wsiflow.analysis.tradeoff.comparison import ComparisonResult
 from wsiflow.errors import WsiflowError
 from wsiflow.run.tracking import TrackingParams
@@ -31,7 +31,7 @@ def run_comparison(request: comparison.Request, out: Path) -> ComparisonResult:
     return result
 
 
-def compare_sweep(out: Path, params: TrackingParams, options: comparison.Options, failed: Collection[str] = ()) -> None:
+def compare_sweep(out: Path, params: TrackingParams, options: rows.Options, failed: Collection[str] = ()) -> None:
     """Compare the runs of a sweep's folder, and print the result or why they were not compared.
 
     The sweep is complete without its comparison, so a fault is printed and not raised. Trials that failed are left out,

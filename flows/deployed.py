@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Completed, Failed
 
-from wsiflow.analysis.tradeoff import comparison
+from wsiflow.analysis.tradeoff import comparison, rows
 from wsiflow.errors import PARTIAL, InputError, WsiflowError
 from wsiflow.evaluation.evaluate import Existing, evaluate_existing
 from wsiflow.redaction import without_secrets
@@ -144,7 +144,7 @@ def _evaluate(request: forms.Evaluate) -> State[Any]:
 
 def _compare(request: forms.Compare) -> State[Any]:
     config = compose_config(request.to_overrides())
-    options = comparison.Options(request.reference, config.evaluation.bootstrap, config.seed)
+    options = rows.Options(request.reference, config.evaluation.bootstrap, config.seed)
     folders = [Path(folder) for folder in request.folders]
     params = None if folders else config.tracking
     result = comparison.run_comparison(comparison.Request(folders, params, options), Path(request.out))
@@ -230,7 +230,7 @@ def _compare_trials(request: forms.Sweep, failed: Mapping[str, str]) -> None:
     if config is None:
         return
     try:
-        options = comparison.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
+        options = rows.Options(resamples=config.evaluation.bootstrap, seed=config.seed)
         result = comparison.compare_sweep_folder(config.out.parent, config.tracking, options, failed)
     except WsiflowError as error:
         key = artifacts.key_of(request.name, config.out.parent, "comparison")

@@ -166,14 +166,14 @@ def _end_trials(folder: Path, *, at_slurm: bool) -> str | None:
 
 def _compare(config: DictConfig) -> None:
     """Compare the trials that have scores, in the sweep's folder."""
-    from wsiflow.analysis.tradeoff import comparison
+    from wsiflow.analysis.tradeoff import rows
 
     from .comparing import compare_sweep
 
     params: Any = OmegaConf.to_container(config.tracking, resolve=True)
     named = tracking.TrackingParams.model_validate({**params, "sweep": name()})
     asked: Any = OmegaConf.to_container(config.compare, resolve=True)
-    options = comparison.Options(
+    options = rows.Options(
         resamples=config.evaluation.bootstrap, seed=config.seed, **asked | {"families": asked["families"] or {}}
     )
     failed = {

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from wsiflow.analysis.tradeoff import comparison
+from wsiflow.analysis.tradeoff import comparison, rows
 from wsiflow.analysis.tradeoff.comparison import ComparisonResult, Request
 from wsiflow.errors import InputError
 from wsiflow.run.tracking import default_uri
@@ -62,7 +62,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Compare the settings of a sweep, or of some runs."""
-    options = comparison.Options(
+    options = rows.Options(
         reference=arguments.reference,
         resamples=arguments.bootstrap,
         seed=arguments.seed,

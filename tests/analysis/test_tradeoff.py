@@ -15,9 +15,9 @@ from swept import Trial, drawn, log, matches, slide, store, stride_trials, write
 
 from flows.__main__ import main
 from wsiflow.analysis.runs import FinishedRun, RunSelection, runs_in_folders, runs_of_sweep, runs_of_trials
-from wsiflow.analysis.tradeoff import comparison, report
-from wsiflow.analysis.tradeoff.comparison import Options
-from wsiflow.analysis.tradeoff.figures import Tradeoff
+from wsiflow.analysis.tradeoff import comparison, report, rows
+from wsiflow.analysis.tradeoff.rows import Options
+from wsiflow.analysis.tradeoff.values import Tradeoff
 from wsiflow.errors import InputError
 from wsiflow.evaluation.matches import EvaluationRecord
 from wsiflow.run import tracking
@@ -40,7 +40,7 @@ def run(name: str, found: EvaluationRecord, core_hours: float = 1.0, **params: A
 
 
 def compared(*runs: FinishedRun, **options: Any) -> Tradeoff:
-    return comparison.compare_runs(RunSelection(runs, []), "s", QUICK._replace(**options))
+    return rows.compare_runs(RunSelection(runs, []), "s", QUICK._replace(**options))
 
 
 # --- settings

@@ -11,7 +11,8 @@ from benchmarks.intervals import lesion_changes
 from wsiflow.evaluation import discordance, froc
 from wsiflow.evaluation.discordance import Discordance
 from wsiflow.evaluation.froc import Matches
-from wsiflow.evaluation.paired import Setting, bootstrap
+from wsiflow.evaluation.paired import bootstrap
+from wsiflow.evaluation.setting import Setting
 
 
 def found_of(best, false=0.5):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from wsiflow.evaluation import measures, paired, roc
+from wsiflow.evaluation import measures, roc
 from wsiflow.evaluation.froc import Matches, SlideFindings, evaluation_mask, match
-from wsiflow.evaluation.paired import Setting
+from wsiflow.evaluation.further import further_measures
+from wsiflow.evaluation.setting import Setting
 
 
 def ones(n):
@@ -93,7 +94,7 @@ def test_lesions_are_scored_by_their_size():
     assert (first.n_itc, first.itc, first.best[2], first.any_best[2]) == (1, (2,), -np.inf, 0.8)
     assert first.major_axis_um[0] > 2400 > 2075 > first.major_axis_um[1] > 275 > first.major_axis_um[2]
     setting = Setting("a", [first, second], ("a", "b"), np.array([0.9, 0.9]), np.array([1, 1]))
-    found = paired.further_measures(setting, n=50, seed=0)
+    found = further_measures(setting, n=50, seed=0)
     assert found.n_lesions == {"macro": 2, "micro": 2, "itc": 2}
     values = {name: one.value for name, one in found.intervals.items()}
     assert values["froc.macro_score"] == values["froc.itc_score"] == 1

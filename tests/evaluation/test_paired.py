@@ -15,7 +15,9 @@ from benchmarks.intervals import METRICS, two
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, resampling, roc
 from wsiflow.evaluation.froc import Matches
-from wsiflow.evaluation.paired import Setting, bootstrap, comparability_problems, pareto
+from wsiflow.evaluation.paired import bootstrap
+from wsiflow.evaluation.pareto import pareto
+from wsiflow.evaluation.setting import Setting, comparability_problems
 
 SETS = int(os.environ.get("WSIFLOW_COVERAGE_SETS", "30"))
 """Simulated data sets: 1000 for the sentence that intervals hold what they should in 93 to 97 % of the cases."""

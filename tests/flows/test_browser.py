@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from serving import BIN
 from swept import log, store, stride_trials
 
-from wsiflow.analysis.tradeoff import comparison
+from wsiflow.analysis.tradeoff import comparison, rows
 from wsiflow.run import tracking
 from wsiflow.run.tracking import views
 from wsiflow.system import processes
@@ -63,9 +63,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     failed, running = (tracking.RunStart(f"stride={n}", f"f{n}", f"{folder}/strides/{n}", **place) for n in (8, 4))
     tracking.fail_run(params, failed, "slide a, predict: the memory ended; use fewer workers")
     tracking.begin_run(params, running)
-    result = comparison.run_comparison(
-        comparison.Request([], params, comparison.Options(resamples=200)), folder / "out"
-    )
+    result = comparison.run_comparison(comparison.Request([], params, rows.Options(resamples=200)), folder / "out")
     assert result.logged is not None
     client = mlflow.MlflowClient(tracking_uri=params.uri)
     experiment = client.get_experiment_by_name("wsiflow").experiment_id

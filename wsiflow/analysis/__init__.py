@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from wsiflow.analysis.reviewers.regulatory import export
     from wsiflow.analysis.runs import FinishedRun
     from wsiflow.analysis.scored import ScoredRun
-    from wsiflow.analysis.tradeoff.comparison import compare_runs
+    from wsiflow.analysis.tradeoff.rows import compare_runs
 
 __all__ = ["FinishedRun", "ScoredRun", "compare_runs", "export", "export_imrmc"]
 
@@ -21,6 +21,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "reviewers.regulatory": ["export"],
         "runs": ["FinishedRun"],
         "scored": ["ScoredRun"],
-        "tradeoff.comparison": ["compare_runs"],
+        "tradeoff.rows": ["compare_runs"],
     },
 )

@@ -30,14 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
-from wsiflow.evaluation import findings, froc, missed, paired, received, roc
+from wsiflow.evaluation import findings, froc, further, missed, paired, received, roc
 from wsiflow.evaluation.detections import detection_files, read_scores, require_same_slides
 from wsiflow.evaluation.froc import SlideFindings
 from wsiflow.evaluation.matches import EvaluationRecord, SlideRecord
 from wsiflow.evaluation.missed import LookedAt, View, look_back
-from wsiflow.evaluation.paired import Setting
 from wsiflow.evaluation.protocol import EvaluationParams
 from wsiflow.evaluation.received import Unit
+from wsiflow.evaluation.setting import Setting, patients
 from wsiflow.evaluation.truth import Truth, read_truth, require_agreement, stated, truth_sha256
 from wsiflow.slides.manifest import Case, read_manifest
 from wsiflow.system import publish, tables
@@ -475,7 +475,7 @@ def _froc_metrics(setting: Setting) -> dict[str, float]:
 
 def _roc_metrics(setting: Setting) -> dict[str, float]:
     """Return the AUC, its DeLong interval, the variance that it has with independent slides, and their numbers."""
-    low, high = roc.auc_interval(setting.scores, setting.labels, paired.patients(setting))
+    low, high = roc.auc_interval(setting.scores, setting.labels, patients(setting))
     return {
         "roc.auc": roc.auc(setting.scores, setting.labels),
         "roc.auc_ci_low": low,
@@ -497,7 +497,7 @@ def _intervals(setting: Setting, n: int, seed: int) -> dict[str, float]:
 
 def _further(setting: Setting, params: EvaluationParams, seed: int) -> dict[str, float]:
     """Return average precision, sensitivities by size and at specificities, with intervals, and the sizes' numbers."""
-    found = paired.further_measures(setting, n=params.bootstrap, seed=seed, join_um=params.join_um)
+    found = further.further_measures(setting, n=params.bootstrap, seed=seed, join_um=params.join_um)
     metrics: dict[str, float] = {}
     for metric, one in found.intervals.items():
         metrics |= {metric: one.value, f"{metric}_ci_low": one.low, f"{metric}_ci_high": one.high}

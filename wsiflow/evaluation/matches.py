@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation.froc import Matches
-from wsiflow.evaluation.paired import Setting
+from wsiflow.evaluation.setting import Setting
 from wsiflow.system import faults, publish
 
 _Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]

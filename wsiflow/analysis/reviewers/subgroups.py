@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from wsiflow.errors import InputError
 from wsiflow.evaluation import froc, paired, proportions, roc
+from wsiflow.evaluation.draws import Interval
 from wsiflow.evaluation.matches import EvaluationRecord
-from wsiflow.evaluation.paired import Setting
+from wsiflow.evaluation.setting import Setting, patients
 
 SMALL = 10
 """A group with fewer tumour slides, or fewer normal slides, than this is marked as small."""
@@ -70,7 +71,7 @@ def _row(record: EvaluationRecord, column: str, group: str, options: SubgroupOpt
     setting = record.setting("group")
     tumour, normal = (setting.scores[setting.labels == label] for label in (1, 0))
     positive, negative = int((tumour >= options.threshold).sum()), int((normal < options.threshold).sum())
-    auc_low, auc_high = roc.auc_interval(setting.scores, setting.labels, paired.patients(setting))
+    auc_low, auc_high = roc.auc_interval(setting.scores, setting.labels, patients(setting))
     intervals = _froc(setting, options)
     numbers: dict[str, Any] = {
         "column": column,
@@ -94,11 +95,11 @@ def _row(record: EvaluationRecord, column: str, group: str, options: SubgroupOpt
     return numbers | {"note": _note(len(tumour), len(normal), numbers["auc"])}
 
 
-def _froc(setting: Setting, options: SubgroupOptions) -> dict[str, paired.Interval]:
+def _froc(setting: Setting, options: SubgroupOptions) -> dict[str, Interval]:
     """Return the FROC score and its sensitivities with their intervals, by column name of the table."""
     names = {"froc.score": "froc"} | {f"froc.sensitivity_at_{rate:g}": f"froc_at_{rate:g}" for rate in froc.RATES}
     if not any(one.n_lesions for one in setting.matches):
-        return dict.fromkeys(names.values(), paired.Interval(math.nan, math.nan, math.nan))
+        return dict.fromkeys(names.values(), Interval(math.nan, math.nan, math.nan))
     results = paired.bootstrap([setting], reference=setting.name, n=options.bootstrap, seed=options.seed)
     return {name: results.intervals[setting.name][metric] for metric, name in names.items()}
 

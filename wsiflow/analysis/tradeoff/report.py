@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from wsiflow.analysis.tradeoff.figures import CoreHours, SettingRow, Tradeoff, p_text, sensitivities, title
-from wsiflow.evaluation.paired import Difference, Interval
+from wsiflow.analysis.tradeoff.figures import p_text, sensitivities
+from wsiflow.analysis.tradeoff.values import CoreHours, SettingRow, Tradeoff, title
+from wsiflow.evaluation.draws import Interval
+from wsiflow.evaluation.paired import Difference
 from wsiflow.run.results import page
 from wsiflow.system import tables
 
