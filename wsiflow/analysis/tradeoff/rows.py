@@ -70,44 +70,21 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
     """
     _refuse_incomparable(selection.runs)
     groups, following = group_runs(selection.runs)
-    settings = [one.runs[0].matches.setting(one.name) for one in groups]
     without_total = _without_total(selection.runs)
-    totals, lines = _core_hours(groups, "core_hours"), _core_hours(groups, "line_core_hours")
-    costs = lines if without_total else totals
+    lines = _core_hours(groups, "line_core_hours")
+    costs = lines if without_total else _core_hours(groups, "core_hours")
     reference = _reference(options.reference, groups, costs)
-    draws = _draws(options.resamples, len(settings))
+    draws = _draws(options.resamples, len(groups))
     family = _families(options.families, groups, reference)
+    settings = [one.runs[0].matches.setting(one.name) for one in groups]
     compared = paired.bootstrap(settings, reference=reference, n=draws, seed=options.seed, families=family)
     metric = _metric(compared, options.metric)
-    scores = [_worth(_value(compared, one.name, metric), metric) for one in settings]
-    as_cheap = _as_cheap(costs)
-    means = [one.mean for one in costs]
-    front = pareto(means, scores, as_cheap)
-    membership = pareto_membership(means, scores, _drawn(compared, [one.name for one in groups], metric), as_cheap)
-    n_slides = _n_slides(selection.runs[0].matches, metric)
-    verdicts = _verdicts(compared, family, options.margin, metric, n_slides)
-    rows = [
-        SettingRow(
-            group.name,
-            group.params,
-            tuple(run.where for run in group.runs),
-            cost,
-            compared.intervals[group.name],
-            compared.differences.get(group.name, {}),
-            compared.delong.get(group.name),
-            compared.bands[group.name],
-            bool(on_front),
-            group.dotted,
-            float(share),
-            family.get(group.name, ""),
-            verdicts.get(group.name),
-            _power(compared, group.name, family, options, metric, n_slides),
-            line,
-        )
-        for group, cost, line, on_front, share in zip(groups, costs, lines, front, membership, strict=True)
-    ]
-    worthless = [row.name for row, score in zip(rows, scores, strict=True) if math.isnan(score)]
+    scores = [_worth(_value(compared, one.name, metric), metric) for one in groups]
     first = selection.runs[0].matches
+    rows = _rows(groups, costs, lines, compared, family)
+    rows = _with_pareto(rows, scores, _drawn(compared, [one.name for one in groups], metric))
+    rows = _with_margin(rows, compared, options, metric, _n_slides(first, metric))
+    worthless = [row.name for row, score in zip(rows, scores, strict=True) if math.isnan(score)]
     return Tradeoff(
         name=name,
         reference=reference,
@@ -126,6 +103,57 @@ def compare_runs(selection: RunSelection, name: str, options: Options) -> Tradeo
         margin=options.margin,
         of_line=bool(without_total),
     )
+
+
+def _rows(
+    groups: Sequence[Group],
+    costs: Sequence[CoreHours],
+    lines: Sequence[CoreHours],
+    compared: paired.PairedResults,
+    family: Mapping[str, str],
+) -> list[SettingRow]:
+    """Return a row for each setting, without its place in the Pareto set and what a margin says."""
+    return [
+        SettingRow(
+            group.name,
+            group.params,
+            tuple(run.where for run in group.runs),
+            cost,
+            compared.intervals[group.name],
+            compared.differences.get(group.name, {}),
+            compared.delong.get(group.name),
+            compared.bands[group.name],
+            dotted=group.dotted,
+            family=family.get(group.name, ""),
+            line=line,
+        )
+        for group, cost, line in zip(groups, costs, lines, strict=True)
+    ]
+
+
+def _with_pareto(rows: Sequence[SettingRow], scores: Sequence[float], drawn: NDArray[np.float64]) -> list[SettingRow]:
+    """Return rows with their place in the Pareto set, also where the cases are drawn anew, (draws, settings)."""
+    means, as_cheap = [row.cost.mean for row in rows], _as_cheap([row.cost for row in rows])
+    front = pareto(means, scores, as_cheap)
+    membership = pareto_membership(means, scores, drawn, as_cheap)
+    return [
+        row._replace(pareto=bool(on_front), membership=float(share))
+        for row, on_front, share in zip(rows, front, membership, strict=True)
+    ]
+
+
+def _with_margin(
+    rows: Sequence[SettingRow], compared: paired.PairedResults, options: Options, metric: str, n_slides: int
+) -> list[SettingRow]:
+    """Return rows with their verdicts on the margin, and what the slides say of a larger study."""
+    family = {row.name: row.family for row in rows if row.name in compared.evidence}
+    verdicts = _verdicts(compared, family, options.margin, metric, n_slides)
+    return [
+        row._replace(
+            verdict=verdicts.get(row.name), power=_power(compared, row.name, family, options, metric, n_slides)
+        )
+        for row in rows
+    ]
 
 
 def _draws(requested: int, n_settings: int) -> int:

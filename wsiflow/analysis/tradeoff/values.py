@@ -65,7 +65,7 @@ class SettingRow(NamedTuple):
     differences: Mapping[str, Difference]
     delong: tuple[float, float] | None
     band: FrocBand
-    pareto: bool
+    pareto: bool = False
     dotted: Mapping[str, str] = MappingProxyType({})
     membership: float = math.nan
     family: str = ""
