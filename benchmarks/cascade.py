@@ -1,16 +1,19 @@
-"""Measure what a cascade saves on slides with small lesions, what it loses, and that a blind first pass is caught.
+"""Measure what a cascade costs on slides with small lesions, and where its core-seconds go.
 
-The slides are synthetic, at real scale: some have a micrometastasis, in several square millimetres of tissue. They are
-tested whole, then with a first pass of the classifier `pcam` at 0.97 um per pixel, whose threshold is chosen on other
-slides of the same kind, and with a first pass of random weights. FROC is compared on the same slides. The network is
-the demo network, so nothing here is a clinical result.
+The slides are synthetic: tissue of several square millimetres, and on some one micrometastasis. They are tested whole,
+and with a first pass of the classifier `pcam` at 0.97 um per pixel, whose threshold is chosen on other slides of the
+same kind. The run's own network is a GoogLeNet: that of ``--googlenet``, a card of `training/train_googlenet.py`, else
+one whose last layer alone is fitted, in a minute (`networks.fitted_card`). What a cascade loses is measured by
+`benchmarks.cascade_loss`. Nothing here is a clinical result.
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +26,30 @@ from benchmarks import networks, product
 from benchmarks.measuring import ResultTable, arguments, finish, machine, say
 from wsiflow.evaluation import discordance, paired
 from wsiflow.evaluation.matches import EvaluationRecord, read_matches
+from wsiflow.run import first_pass
+from wsiflow.run.results.record import all_receipts
 from wsiflow.slides import pyramid
 from wsiflow.slides.synthetic import dataset
 from wsiflow.slides.synthetic.tissue import UM_PX, Lesion, SlideSpec, polygon, render
+from wsiflow.system.machine import cpu_supports_bf16
 
 _BAND_PX = 512
 _LESION_UM = (250.0, 450.0)
 _PLACES = 20
 _DRAWS = 500
-_BLIND = "random weights"
+NONE, PCAM = "none", "pcam"
+FIRST, OWN, CERTIFICATES, _REST = "first pass", "own pass", "certificates", "tissue, maps, detections"
+_PARTS = (FIRST, OWN, CERTIFICATES, _REST)
+_KINDS = {"prediction": OWN, "certificate": CERTIFICATES}
+
+
+class Slides(NamedTuple):
+    """Slides to write: side, px, and the numbers of those with a lesion, without, and to choose the threshold on."""
+
+    size_px: int
+    tumour: int
+    normal: int
+    development: int
 
 
 class _Drawn(NamedTuple):
@@ -41,110 +59,160 @@ class _Drawn(NamedTuple):
     spec: SlideSpec
 
 
-class _Trial(NamedTuple):
-    """What a run costs and finds: its metrics, and its evaluation."""
+class Trial(NamedTuple):
+    """What a run costs and finds: its metrics, where the core-seconds of its line go, and its evaluation."""
 
     metrics: Mapping[str, float]
+    parts_s: Mapping[str, float]
     record: EvaluationRecord
+
+
+class Written(NamedTuple):
+    """The manifests of slides: those under test, and those on which the threshold is chosen."""
+
+    tested: Path
+    development: Path
+
+    def first_pass(self) -> list[str]:
+        """Return the settings of a first pass of `pcam`."""
+        of_threshold = ["inference.cascade.threshold=auto", "inference.cascade.sensitivity=1"]
+        return [
+            "inference.cascade.model=pkg:pcam.json",
+            f"inference.cascade.development={self.development}",
+            *of_threshold,
+        ]
+
+
+_FULL, _QUICK = Slides(8192, 1, 1, 2), Slides(3072, 1, 1, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare the cascade with a whole run, and write ``cascade.json``."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--size-px", type=int, help="side of the slides, default 10240")
-    parser.add_argument("--tumour", type=int, help="number of slides with a lesion, default 5")
-    parser.add_argument("--normal", type=int, help="number of slides without, default 4")
-    parser.add_argument("--stride", type=int, default=56)
-    parser.add_argument("--workers", type=int, default=2, help="processes that write the slides")
+    parser.add_argument("--googlenet", type=Path, help="card of the run's own network")
+    parser.add_argument("--strides", type=int, nargs="+", default=[16, 56], help="of the run's own pass")
+    able = ["bf16"] if cpu_supports_bf16() else ["fp32"]
+    parser.add_argument("--precisions", nargs="+", default=able, help="of both passes")
+    parser.add_argument("--size-px", type=int, help=f"side of the slides, default {_FULL.size_px}")
+    with_slides(parser)
     given = parser.parse_args(argv)
     about = machine()
     with tempfile.TemporaryDirectory() as name:
-        trials = _trials(Path(name), given)
-    values = {name: {**_numbers(trials, name), "metrics": dict(one.metrics)} for name, one in trials.items()}
-    columns = ["first pass", "core-s of the line", "of the whole run", "without certificates", "first pass, core-s"]
-    columns += [
-        "passed over",
-        "missed cells",
-        "strict FROC",
-        "loss, paired",
-        "a loss above is excluded (95 %)",
-        "slides refused",
-    ]
-    title = "Cascades against the whole run on synthetic slides with micrometastases"
-    finish(given, "cascade", about, values, [ResultTable(title, columns, [_row(*one) for one in values.items()])])
+        values = _costs(Path(name), given)
+    finish(given, "cascade", about, values, [_table(values)])
 
 
-def _trials(folder: Path, given: argparse.Namespace) -> dict[str, _Trial]:
-    """Write the slides, run all ways, and return what each costs and finds."""
-    size = given.size_px or (4096 if given.quick else 10_240)
-    tumour = given.tumour or (1 if given.quick else 5)
-    normal = given.normal or (1 if given.quick else 4)
-    tested = _written(folder / "tested", size, tumour, normal, seed=1, workers=given.workers)
-    other = _written(folder / "development", size, max(1, tumour // 2), 0, seed=2, workers=given.workers)
-    common = ["dataset=manifest", f"dataset.manifest={tested}", f"inference.stride={given.stride}", "executor=inline"]
-    common += ["dense.on_excess=report", "model=demo", "store=none"]
-    first = ["inference.cascade.model=pkg:pcam.json", "inference.cascade.threshold=auto"]
-    first += [f"inference.cascade.development={other}", "inference.cascade.sensitivity=1"]
-    blind = [f"inference.cascade.model={networks.random_card('inception_valid', folder)}"]
-    ways = {"none": [], "pcam": first, _BLIND: [*blind, "inference.cascade.um_px=1", "inference.cascade.threshold=1"]}
-    trials = {}
-    for name, overrides in ways.items():
-        say(f"first pass: {name}")
-        with product.run(folder, *common, *overrides) as (out, metrics):
-            trials[name] = _Trial(metrics, read_matches(out / "evaluation/matches.json"))
-    return trials
+def with_slides(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how slides are written."""
+    parser.add_argument("--slides", type=Path, help="folder in which slides are kept for another time")
+    parser.add_argument("--workers", type=int, default=2, help="processes that write slides and run them")
 
 
-def _numbers(trials: Mapping[str, _Trial], name: str) -> dict[str, float]:
-    """Return the cost of a way over that of the whole run, and its paired loss of the strict FROC score with bounds."""
-    one, whole = trials[name], trials["none"]
-    line, alone = ((_core_s(one.metrics, but) / _core_s(whole.metrics, but)) for but in ("", "certify"))
-    shares = {"cost_share": line, "cost_share_without_certificates": alone}
-    if name == "none":
-        return shares
-    settings = [whole.record.setting("whole"), one.record.setting("cascade")]
-    found = paired.bootstrap(settings, reference="whole", n=_DRAWS, seed=0)
-    difference = found.differences["cascade"]["froc.strict_score"]
-    low = difference.low
-    units = found.evidence["cascade"]["froc.strict_score"].units
+def _costs(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run few large slides at each precision and stride, whole and as a cascade, and return numbers by way."""
+    slides = _QUICK if given.quick else _FULL
+    card = given.googlenet or ("pkg:demo.json" if given.quick else networks.fitted_card("googlenet", folder))
+    written = write_slides(folder, slides._replace(size_px=given.size_px or slides.size_px), given)
+    settings = list(itertools.product(given.precisions, given.strides))
+    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+        compared = pool.map(partial(_compared, folder, written, card), *zip(*settings, strict=True))
+        return dict(itertools.chain.from_iterable(each.items() for each in compared))
+
+
+def _compared(folder: Path, written: Written, card: Path | str, precision: str, stride: int) -> dict[str, Any]:
+    """Run slides whole and as a cascade, and return numbers by way."""
+    common = ["model=card", f"model.card={card}", f"inference.precision={precision}", f"inference.stride={stride}"]
+    ways = {NONE: [], PCAM: written.first_pass()}
+    trials = {name: trial(folder, written, [*common, *more]) for name, more in ways.items()}
+    return {f"{precision}, stride {stride}: {name}": numbers_of(trials, name) for name in trials}
+
+
+def trial(folder: Path, written: Written, overrides: Sequence[str]) -> Trial:
+    """Run the slides under test with these settings besides, and return what that costs and finds."""
+    say(" ".join(overrides))
+    common = ["dataset=manifest", f"dataset.manifest={written.tested}", "executor=inline", "dense.on_excess=report"]
+    with product.run(folder, *common, "store=none", *overrides) as (out, metrics):
+        parts_s = _parts_s(all_receipts(out))
+        say(", ".join(f"{part} {seconds:.1f} core-s" for part, seconds in parts_s.items()))
+        return Trial(metrics, parts_s, read_matches(out / "evaluation/matches.json"))
+
+
+def numbers_of(trials: Mapping[str, Trial], name: str) -> dict[str, Any]:
+    """Return what a way costs and finds, and compared with the whole run its cost and its paired loss with a bound."""
+    one, whole = trials[name], trials[NONE]
+    lesions = sum(len(each.best) - each.n_itc for each in one.record.setting(name).matches)
+    found: dict[str, Any] = {"metrics": dict(one.metrics), "parts_s": dict(one.parts_s), "lesions": lesions}
+    if name == NONE:
+        return found
+    settings = [whole.record.setting(NONE), one.record.setting(name)]
+    compared = paired.bootstrap(settings, reference=NONE, n=_DRAWS, seed=0)
+    difference = compared.differences[name]["froc.strict_score"]
+    low, units = difference.low, compared.evidence[name]["froc.strict_score"].units
     if np.isnan(low) and units is not None:
         low, _ = discordance.score_interval(units)
-    return shares | {"froc_loss": 0.0 - difference.value, "froc_loss_at_most": 0.0 - low}
+    shares = _shares(one.parts_s, whole.parts_s)
+    return found | {"shares": shares, "froc_loss": 0.0 - difference.value, "froc_loss_at_most": 0.0 - low}
 
 
-def _core_s(metrics: Mapping[str, float], but: str) -> float:
-    """Return the core-seconds of the line of a run, without those of a step; empty for all."""
-    return 3600 * metrics["throughput.core_hours"] - (metrics[f"cost.{but}_core_s"] if but else 0.0)
+def _parts_s(receipts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return where the core-seconds of the line of a run go."""
+    parts = dict.fromkeys(_PARTS, 0.0)
+    for receipt in receipts:
+        is_first = receipt["path"].startswith(f"{first_pass.FOLDER}/")
+        parts[FIRST if is_first else _KINDS.get(receipt["kind"], _REST)] += receipt["cpu_s"]
+    return parts
 
 
-def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
-    """Return a way as a row of the table."""
-    metrics = numbers["metrics"]
-    cells = [name, f"{_core_s(metrics, ''):.0f}", f"{numbers['cost_share']:.2f}"]
-    cells.append(f"{numbers['cost_share_without_certificates']:.2f}")
-    froc = f"{metrics['froc.strict_score']:.3f}"
-    if name == "none":
-        return [*cells, "", "", "", froc, "", "", ""]
-    return [
-        *cells,
-        f"{metrics['cost.first_pass_core_s']:.0f}",
-        f"{metrics['cascade.passed_over']:.1%}",
-        f"{metrics['cascade.missed']:.1%}",
-        froc,
-        f"{numbers['froc_loss']:+.3f}",
-        f"{numbers['froc_loss_at_most']:.3f}",
-        f"{metrics['certificate.slides_beyond']:.0f} of {metrics['froc.n_slides']:.0f}",
-    ]
+def _shares(parts: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
+    """Return the cost of a way over that of the whole run: of the line, without certificates, and without both."""
+    line, line_whole = sum(parts.values()), sum(whole.values())
+    own, own_whole = line - parts[CERTIFICATES], line_whole - whole[CERTIFICATES]
+    return {"line": line / line_whole, "without certificates": own / own_whole}
 
 
-def _written(folder: Path, size_px: int, tumour: int, normal: int, *, seed: int, workers: int) -> Path:
-    """Write slides with and without a micrometastasis, and return their manifest."""
-    folder.mkdir()
+def _table(values: Mapping[str, Mapping[str, Any]]) -> ResultTable:
+    """Return the table of costs, in core-seconds by part."""
+    rows = []
+    for name, numbers in values.items():
+        metrics, parts = numbers["metrics"], numbers["parts_s"]
+        cells = [name, *(f"{parts[part]:.1f}" for part in _PARTS), f"{sum(parts.values()):.0f}"]
+        if "shares" in numbers:
+            cells += [f"{share:.2f}" for share in numbers["shares"].values()]
+            cells += [f"{metrics['cascade.passed_over']:.1%}", f"{metrics['cascade.missed']:.1%}"]
+        else:
+            cells += [""] * 4
+        rows.append([*cells, f"{metrics['froc.strict_score']:.2f}", refused(metrics)])
+    columns = ["precision, stride: first pass", *(f"{part}, core-s" for part in _PARTS), "line, core-s"]
+    columns += ["of the whole run", "without certificates", "passed over", "missed cells", "strict FROC"]
+    return ResultTable("Cost of cascades against whole runs", [*columns, "slides refused"], rows)
+
+
+def refused(metrics: Mapping[str, float]) -> str:
+    """Return how many slides the certificates refuse."""
+    return f"{metrics['certificate.slides_beyond']:.0f} of {metrics['froc.n_slides']:.0f}"
+
+
+def write_slides(folder: Path, slides: Slides, given: argparse.Namespace) -> Written:
+    """Write the slides that are missing, and return their manifests."""
+    kept = (given.slides.resolve() if given.slides else folder) / "-".join(map(str, slides))
+    tested = _manifest(kept / "tested", slides, seed=1, workers=given.workers)
+    others = slides._replace(tumour=slides.development, normal=0)
+    return Written(tested, _manifest(kept / "development", others, seed=2, workers=given.workers))
+
+
+def _manifest(folder: Path, slides: Slides, *, seed: int, workers: int) -> Path:
+    """Write slides with and without a micrometastasis, unless that was done, and return their manifest."""
+    manifest = folder / "manifest.csv"
+    if manifest.exists():
+        return manifest
+    folder.mkdir(parents=True, exist_ok=True)
+    tumour, count = slides.tumour, slides.tumour + slides.normal
     drawn = [
-        _Drawn(folder / f"{'tumor' if index < tumour else 'normal'}_{index:03}.tif", _spec(size_px, 100 * seed + index))
-        for index in range(tumour + normal)
+        _Drawn(folder / f"{'tumor' if index < tumour else 'normal'}_{index:03}.tif", _spec(slides, 1000 * seed + index))
+        for index in range(count)
     ]
     drawn[:tumour] = [one._replace(spec=_with_lesion(one.spec)) for one in drawn[:tumour]]
+    say(f"{count} slides of {slides.size_px} px")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(_write, drawn))
     lines = ["slide_id,path,mpp,label,annotation_path"]
@@ -154,13 +222,12 @@ def _written(folder: Path, size_px: int, tumour: int, normal: int, *, seed: int,
             truth = f"{path.stem}.xml"
             (folder / truth).write_text(dataset.asap_xml(spec.lesions), encoding="utf-8")
         lines.append(f"{path.stem},{path.name},{UM_PX},{'tumor' if spec.lesions else 'normal'},{truth}")
-    manifest = folder / "manifest.csv"
     manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return manifest
 
 
-def _spec(size_px: int, seed: int) -> SlideSpec:
-    return dataset.plan_slide("none", width_px=size_px, height_px=size_px, seed=seed)
+def _spec(slides: Slides, seed: int) -> SlideSpec:
+    return dataset.plan_slide("none", width_px=slides.size_px, height_px=slides.size_px, seed=seed)
 
 
 def _with_lesion(spec: SlideSpec) -> SlideSpec:

@@ -90,9 +90,9 @@ def _lines(folder: Path, size: Size, *, quick: bool) -> tuple[dict[str, Any], di
                 out = folder / f"{precision}-{stride}-{turn}"
                 settings = [*common, f"inference.precision={precision}", f"inference.stride={stride}"]
                 if not turn:
-                    lines[name] = _foretold(out, settings)
+                    lines[name] = foretold(out, settings)
                 product.run_command(out, *settings)
-                runs.setdefault(name, []).append(_spent(out))
+                runs.setdefault(name, []).append(spent(out))
                 choices[stride] = read_plan(out / "plan.json").settings.choice
     for name, own in runs.items():
         lines[name] |= {key: spread([each[key] for each in own]) for key in own[0]}
@@ -104,7 +104,7 @@ def _precisions(*, quick: bool) -> list[str]:
     return [precision for precision, is_able in able.items() if is_able]
 
 
-def _foretold(out: Path, settings: Sequence[str]) -> dict[str, Any]:
+def foretold(out: Path, settings: Sequence[str]) -> dict[str, Any]:
     """Return what `wsiflow plan --calibrate` says of a run, in core-seconds."""
     report = out.with_suffix(".json")
     command = [sys.executable, "-m", "wsiflow.flows", "plan", *settings, *product.QUIET, f"out={out}"]
@@ -118,7 +118,7 @@ def _foretold(out: Path, settings: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _spent(out: Path) -> dict[str, float]:
+def spent(out: Path) -> dict[str, float]:
     """Return the core-seconds of a run of one slide: per megapixel read, and besides for the slide."""
     cost, plan = product.cost(out), read_plan(out / "plan.json")
     per_pixel = sum(cost.core_s[step] for step in ("read", "stain", "infer", "write"))
@@ -183,7 +183,7 @@ def _column(path: Path, name: str) -> dict[str, float]:
         return {row["slide"].lower(): float(row[name]) for row in csv.DictReader(stream)}
 
 
-def _factors(values: Mapping[str, Any]) -> dict[str, float]:
+def factors(values: Mapping[str, Any]) -> dict[str, float]:
     """Return by how much the counted slides are multiplied for all slides.
 
     To all that have outlines by the area of their tissue, which is known for each; from these to all by their number,
@@ -199,7 +199,7 @@ def _factors(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _core_hours(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return core-hours of every way: of the outlines, and of all slides with either factor."""
-    factors, hours = _factors(values), {}
+    times_of, hours = factors(values), {}
     all_slides = len(values["boxes"])
     for name, line in values["lines"].items():
         counted = values["counted"][name.split()[-1]]
@@ -208,14 +208,14 @@ def _core_hours(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             of_pixels = counted[f"megapixels, {windows}"] * line["s_megapixel"].median
             hours[f"{name}, {windows}"] = {
                 "outlines": (of_pixels + len(values["slides"]) * per_slide_s) / 3600,
-                **{how: (of_pixels * times + all_slides * per_slide_s) / 3600 for how, times in factors.items()},
+                **{how: (of_pixels * times + all_slides * per_slide_s) / 3600 for how, times in times_of.items()},
             }
     for precision, seconds in values["windows_s"].items():
         for stride, counted in values["counted"].items():
             of_windows = counted["windows"] * seconds.median / 3600
             hours[f"{precision}, stride {stride}, windows one by one"] = {
                 "outlines": of_windows,
-                **{how: of_windows * times for how, times in factors.items()},
+                **{how: of_windows * times for how, times in times_of.items()},
             }
     return hours
 
@@ -257,14 +257,14 @@ def _hours_table(values: Mapping[str, Any]) -> ResultTable:
                 name,
                 f"{counted['megapixels, touching'] / slides:,.0f} ({counted['megapixels, all'] / slides:,.0f})",
                 f"{now['outlines']:.1f} ({before['outlines']:.1f})",
-                f"{_between(now)} ({_between(before)})",
+                f"{between_text(now)} ({between_text(before)})",
                 f"{CAMELYON16_CORE_H.get(name, '')}",
-                _between(loop),
+                between_text(loop),
                 f"{loop['by slides'] / now['by slides']:.0f}",
             ]
         )
     counted = next(iter(values["counted"].values()))
-    tiles = sorted(counted["tissue_tiles"] * times / 1e6 for times in _factors(values).values())
+    tiles = sorted(counted["tissue_tiles"] * times / 1e6 for times in factors(values).values())
     title = (
         f"Core-hours of {len(values['boxes'])} slides, {tiles[0]:.1f} to {tiles[1]:.1f} M tiles of tissue; the paper: "
         f"{PAPER_CORE_H:,}"
@@ -281,7 +281,8 @@ def _hours_table(values: Mapping[str, Any]) -> ResultTable:
     return ResultTable(title, columns, rows)
 
 
-def _between(hours: Mapping[str, float]) -> str:
+def between_text(hours: Mapping[str, float]) -> str:
+    """Return the core-hours by slides and by boxes, the lesser first."""
     least, most = sorted((hours["by slides"], hours["by boxes"]))
     return f"{least:,.0f} to {most:,.0f}"
 

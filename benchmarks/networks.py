@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from wsiflow.model import scorer, scoring
@@ -22,13 +23,14 @@ from wsiflow.model.choice import Choice
 from wsiflow.model.classifier import Classifier, load
 from wsiflow.model.save import save
 from wsiflow.slides.synthetic import dataset
-from wsiflow.slides.synthetic.tissue import render
+from wsiflow.slides.synthetic.tissue import patch, render
 from wsiflow.system.usage import untimed
 
 WINDOW_PX = TILE_PX = 224
 STRIDE_PX = 16
 BATCH = 14  # the reference's
 WINDOWS_PER_TILE = (TILE_PX // STRIDE_PX) ** 2
+_MEAN, _STD = (0.7, 0.55, 0.7), (0.2, 0.22, 0.18)
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "googlenet": {"dropout": 0.5},
     "inception_valid": {"width": 1.0, "dropout": 0.2},
@@ -47,14 +49,64 @@ def spec(card: str | Path) -> ModelSpec:
 
 def random_card(architecture: str, folder: Path) -> Path:
     """Save an architecture with random weights and return its card."""
+    network = _random(architecture)
+    with torch.no_grad():
+        network.classify.weight.mul_(0.05)  # type: ignore[union-attr, operator]
+    return save(network, _fields(architecture), folder)
+
+
+def _random(architecture: str) -> nn.Module:
+    """Return an architecture with random weights that keep the magnitude of activations from layer to layer."""
     torch.manual_seed(0)
     network = build(architecture, 2, **_ARGUMENTS[architecture])
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return network.eval()
+
+
+def fitted_card(architecture: str, folder: Path) -> Path:
+    """Save an architecture with random weights whose last layer is fitted to synthetic patches, and return its card.
+
+    The last layer is a logistic regression on what the random layers make of the patches. The card says how many fresh
+    patches it has right. This is a classifier that finds tumour on synthetic slides after a minute, and no more.
+    """
+    network = _random(architecture)
+    known, fresh = (_patches(seed, count) for seed, count in ((0, 600), (1, 200)))
+    features, labels = _features(network, known[0]), known[1]
+    mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-6
+    fitted = LogisticRegression(C=0.01, max_iter=1000).fit((features - mean) / deviation, labels)
+    weight = fitted.coef_[0] / deviation
     with torch.no_grad():
-        network.classify.weight.mul_(0.05)  # type: ignore[union-attr, operator]
-    return save(network, _fields(architecture), folder)
+        both = torch.from_numpy(np.stack([np.zeros_like(weight), weight]))
+        network.classify.weight.copy_(both.view_as(network.classify.weight))  # type: ignore[union-attr, operator, arg-type]
+        bias = torch.tensor([0.0, float(fitted.intercept_[0] - weight @ mean)])
+        network.classify.bias.copy_(bias)  # type: ignore[union-attr, operator]
+        right = network(fresh[0]).argmax(dim=1).numpy() == fresh[1]
+    notes = f"{right.mean():.1%} of {len(right)} fresh synthetic patches are right."
+    trained_on = f"{len(labels)} synthetic patches: the last layer alone, all other weights are random"
+    return save(network, {**_fields(architecture), "trained_on": trained_on, "notes": notes}, folder)
+
+
+def _patches(seed: int, count: int) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Return the input of a network for synthetic patches, float32 (n, 3, 224, 224), and their labels, 1 for tumour."""
+    rng, labels = np.random.default_rng(seed), np.arange(count) % 2
+    drawn = np.stack([patch(rng, tumour=bool(label), size_px=WINDOW_PX) for label in labels]).astype(np.float32) / 255
+    scaled = (drawn - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)
+    return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy()), labels.astype(np.int64)
+
+
+def _features(network: nn.Module, images: torch.Tensor) -> NDArray[np.float64]:
+    """Return what the last layer of a network gets for images, float64 (n, channels)."""
+    seen: list[torch.Tensor] = []
+    handle = network.classify.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _layer, inputs: seen.append(inputs[0].flatten(1))
+    )
+    with torch.inference_mode():
+        for batch in images.split(20):
+            network(batch)
+    handle.remove()
+    return torch.cat(seen).numpy().astype(np.float64)
 
 
 def random_classifier(architecture: str) -> Classifier:
@@ -73,8 +125,8 @@ def _fields(architecture: str) -> Mapping[str, Any]:
         "window_px": WINDOW_PX,
         "input_px": WINDOW_PX,
         "spacing_um_px": 0.243,
-        "mean": (0.7, 0.55, 0.7),
-        "std": (0.2, 0.22, 0.18),
+        "mean": _MEAN,
+        "std": _STD,
         "licence": "",
         "trained_on": "nothing: random weights",
         "notes": "",

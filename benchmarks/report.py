@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import cascade_hours, targets
 from benchmarks.measuring import ResultTable
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,7 @@ def filled(text: str, results: Mapping[str, Any]) -> str:
     """Return a document with the tables of every benchmark between its marks, or a remark where it was not measured."""
     parts = {name: _part(result) for name, result in results.items()}
     parts["targets"] = _joined(targets.tables(results)) if results else ""
+    parts["cascade_hours"] = _joined(cascade_hours.tables(results))
 
     def put(mark: re.Match[str]) -> str:
         return f"{mark[1]}{parts.get(mark[2]) or 'Not measured yet.'}\n{mark[3]}"

@@ -13,6 +13,7 @@ from benchmarks.engines import REFERENCE
 from benchmarks.measuring import ResultTable, Spread
 
 CAMELYON16_CORE_H = {"bf16, stride 16": 100, "fp32, stride 16": 180}
+CASCADE_CORE_H = {"bf16, stride 16": 35}
 
 
 class SpeedTarget(NamedTuple):

@@ -34,6 +34,14 @@ def scale(text: str) -> float:
     return value
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """Return a share or two, the least and the most, that are separated by a comma."""
+    found = tuple(scale(part) for part in text.split(","))
+    if len(found) > len(("least", "most")):
+        raise ArgumentTypeError(f"{text!r} is not a share, or the least and the most one, as in 0.05,0.2")
+    return found
+
+
 def _at_least(least: int, text: str) -> int:
     value = int(text)
     if value < least:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import core_hours, report
+from benchmarks import cascade_hours, core_hours, report
 from benchmarks import engines as engines_benchmark
 from benchmarks.measuring import Spread
 
@@ -108,3 +108,31 @@ def test_core_hours_keep_apart_what_was_measured_and_what_is_extrapolated() -> N
         "extrapolated",
     ]
     assert foretold.rows[0][-1] == "**no**", "12 core-seconds are not within 9 to 11"
+
+
+def test_core_hours_of_a_cascade_are_shares_of_those_without() -> None:
+    """Of the pixels' cost the first and the own pass have a share, and every slide has more certificates."""
+    line = {"s_megapixel": [0.5, 0.5, 0.5], "certificate_s": [6.0, 6.0, 6.0], "other_s": [3.0, 3.0, 3.0]}
+    values = {
+        "lines": {"bf16, stride 16": line},
+        "counted": {"16": {"megapixels, touching": 720.0}},
+        "slides": ["a"],
+        "areas": {"a": 3.0},
+        "boxes": {"a": 10, "b": 10},
+        "core_h": {"bf16, stride 16, touching": {"by slides": 1.0, "by boxes": 2.0}},
+    }
+    parts = {"first pass": 0.0, "own pass": 100.0, "certificates": 10.0}
+    cascade = {
+        "bf16, stride 16: none": {"parts_s": parts},
+        "bf16, stride 16: pcam": {"parts_s": {"first pass": 5.0, "own pass": 15.0, "certificates": 20.0}},
+    }
+    full = {"settings": {"quick": False}}
+    results = {"core_hours": full | {"values": values}, "cascade": full | {"values": cascade}}
+    [table] = cascade_hours.tables(results)
+    hours = (720 * 0.5 * 0.2 * 2 + 2 * (2 * 6.0 + 3.0)) / 3600
+    assert cascade_hours._hours(values, "bf16, stride 16", cascade_hours.Shares(0.05, 0.15, 2.0)) == pytest.approx(
+        {"by slides": hours, "by boxes": hours}
+    )
+    assert table.rows == [["bf16, stride 16", "0.05", "0.15", "2.0", "1 to 2", "0 to 0", "35"]]
+    assert cascade_hours.tables({**results, "cascade": {"settings": {"quick": True}}}) == []
+    assert cascade_hours.tables({}) == []

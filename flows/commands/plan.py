@@ -1,7 +1,8 @@
 """The command ``wsiflow plan``: what a run will take, before any patch is read.
 
 The command opens, hashes and cuts the slides and publishes the plan, so that the run itself finds all of that done. It
-then counts the tasks and simulates the run for each number of workers. What tasks cost is measured with
+then counts the tasks and simulates the run for each number of workers. Of a cascade it plans the first pass, and a run
+without it; what lies between is told as a range. What tasks cost is measured with
 ``--calibrate``, read from the run's folder or from a file, or taken from rough values for GoogLeNet at stride 16; the
 report says which.
 """
@@ -9,15 +10,17 @@ report says which.
 import json
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsiflow.errors import InputError
-from wsiflow.run import intake, ledger, shards
+from wsiflow.run import first_pass, intake, ledger, shards
 from wsiflow.run.config import RunConfig
 from wsiflow.run.costs import COSTS, Basis, Costs, costs_of, read_costs
 from wsiflow.run.executor import params
+from wsiflow.run.executor.protocol import Executor
+from wsiflow.run.forecast import cascade
 from wsiflow.run.forecast.forecast import (
     SCHEDULERS,
     TaskCounts,
@@ -37,7 +40,7 @@ from wsiflow.system.machine import allocated_cores, limit_threads
 from .. import logs, progress, stopping
 from ..cluster import workers
 from ..compose import compose_config
-from ..options import positives
+from ..options import positives, shares
 from ..run import quieten
 from ..terminal import say
 
@@ -56,6 +59,12 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--tiles", type=Path, help="CSV with slide and n_tiles_224, instead of slides")
     parser.add_argument("--tissue", type=float, default=1.0, help="share of those tiles that hold tissue (1)")
     parser.add_argument("--queue-s", type=float, default=0.0, help="mean wait of a submission, seconds (0)")
+    parser.add_argument(
+        "--looked-at",
+        type=shares,
+        default=(),
+        help="of a cascade: share of the tissue it looks at again: 0.1 or 0.05,0.2",
+    )
     parser.add_argument("--json", type=Path, help="file to write the report to")
 
 
@@ -63,20 +72,109 @@ def main(arguments: Namespace) -> int:
     """Plan a run, and print what it will take."""
     quieten()
     config = compose_config([*arguments.overrides, *(["dataset=demo"] if arguments.tiles else [])])
-    if config.inference.cascade.is_on:
-        cause = "what a cascade looks at is known only after its first pass"
-        raise InputError(cause, "plan without inference.cascade.threshold, which gives the most that it can take")
-    if arguments.tiles:
-        if arguments.calibrate:
-            raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
-        counts, costs, origin = count_tasks_in_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough"
-    else:
-        plan_path = _make_plan(config, calibrate=arguments.calibrate)
-        counts, costs = count_tasks(plan_path, config), costs_of(config.out, ROUGH)
-        origin = "measured" if (config.out / COSTS).exists() else "rough"
-    if arguments.costs:
-        costs, origin = read_costs(arguments.costs, ROUGH), f"measured, {arguments.costs.name}"
+    is_cascade = config.inference.cascade.is_on
+    if arguments.tiles and arguments.calibrate:
+        raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
+    if arguments.tiles and is_cascade:
+        raise InputError("a table of tiles has no first pass to plan", "plan on slides, or without a cascade")
     numbers = arguments.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
+    scheduler, config = _simulated_on(config, arguments)
+    if is_cascade and not publish.generations(config.out, "plan.json"):
+        return _forecast_cascade(config, arguments, scheduler, numbers)
+    if arguments.tiles:
+        found = _Estimate(count_tasks_in_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough")
+    else:
+        found = _estimate(_make_plans(config, _ingest, calibrate=arguments.calibrate)[0], config)
+    if arguments.costs:
+        found = found.with_costs(arguments.costs)
+    forecasts = found.forecasts(config, scheduler, numbers, arguments.queue_s)
+    _write_json(arguments, _as_json(found, forecasts) | {"scheduler": scheduler})
+    say("\n".join([*_count_lines(found.counts, config), *_cost_lines(found)]))
+    say("\n".join(_forecast_lines(scheduler, forecasts)))
+    return 0
+
+
+class _Estimate(NamedTuple):
+    """The tasks of a run, what they cost, and where that is known from."""
+
+    counts: TaskCounts
+    costs: Costs
+    origin: str
+
+    def with_costs(self, path: Path) -> "_Estimate":
+        """Return the same with costs of a file."""
+        return self._replace(costs=read_costs(path, ROUGH), origin=f"measured, {path.name}")
+
+    def hours_between(self) -> tuple[float, float]:
+        """Return the least and the most core-hours, which are the same where nothing was measured."""
+        hours = core_hours(self.counts, self.costs)
+        total = sum(hours.values())
+        return core_hours_between(hours, self.costs.basis) if self.costs.basis else (total, total)
+
+    def forecasts(
+        self, config: RunConfig, scheduler: str, numbers: Sequence[int], queue_s: float
+    ) -> dict[int, Forecast]:
+        """Return the simulated run by number of workers."""
+        clusters = {n: cluster_of(scheduler, n, self.costs, queue_s) for n in numbers}
+        return {n: forecast(self.counts, self.costs, config, cluster) for n, cluster in clusters.items()}
+
+
+def _estimate(plan_path: Path, config: RunConfig) -> _Estimate:
+    """Return what is known of a planned run."""
+    root = plan_path.parent
+    origin = "measured" if (root / COSTS).exists() else "rough"
+    return _Estimate(count_tasks(plan_path, config), costs_of(root, ROUGH), origin)
+
+
+def _forecast_cascade(config: RunConfig, arguments: Namespace, scheduler: str, numbers: Sequence[int]) -> int:
+    """Plan the first pass of a cascade and a run without it, and print what both passes will take."""
+    first_path, whole_path = _make_plans(config, _ingest_cascade, calibrate=arguments.calibrate)
+    first = _estimate(first_path, first_pass.config_of(config, first_path.parent))
+    whole = _estimate(whole_path, config)
+    if arguments.costs:
+        whole = whole.with_costs(arguments.costs)
+    looked = cascade.looked_at(config, arguments.looked_at)
+    parts = {
+        which: _Estimate(*cascade.own_pass(config, whole.counts, whole.costs, share), whole.origin)
+        for which, share in zip(("least", "most"), looked.shares_of_cost(), strict=True)
+    }
+    of_first, *of_own = (
+        each.forecasts(config, scheduler, numbers, arguments.queue_s) for each in (first, *parts.values())
+    )
+    simulated = {
+        which: {n: of_first[n].then(own) for n, own in each.items()} for which, each in zip(parts, of_own, strict=True)
+    }
+    least = first.hours_between()[0] + parts["least"].hours_between()[0]
+    most = first.hours_between()[1] + parts["most"].hours_between()[1]
+    report = {
+        "first_pass": _as_json(first, {}),
+        "whole": _as_json(whole, {}),
+        "looked_at": looked._asdict(),
+        "core_hours_between": (least, most),
+        "forecasts": {which: _forecasts_as_json(each) for which, each in simulated.items()},
+        "scheduler": scheduler,
+    }
+    _write_json(arguments, report)
+    say("\n".join(["first pass:", *_count_lines(first.counts, config), *_cost_lines(first)]))
+    say("\n".join(["own pass, if it looked at all tissue:", *_count_lines(whole.counts, config), *_cost_lines(whole)]))
+    say(f"it looks at {_range_text(looked.least, looked.most)} of the tissue: {looked.origin}")
+    say(f"core-hours to do of both passes: between {least:.3g} and {most:.3g}")
+    for which, each in simulated.items():
+        say("\n".join([f"if it looks at the {which}:", *_forecast_lines(scheduler, each)]))
+    return 0
+
+
+def _range_text(least: float, most: float) -> str:
+    return f"{least:.0%}" if least == most else f"{least:.0%} to {most:.0%}"
+
+
+def _write_json(arguments: Namespace, report: Mapping[str, Any]) -> None:
+    if arguments.json:
+        publish.write_view(arguments.json.parent, arguments.json.name, json.dumps(report, indent=1).encode())
+
+
+def _simulated_on(config: RunConfig, arguments: Namespace) -> tuple[str, RunConfig]:
+    """Return the scheduler to simulate, and the configuration with slices that are cut as for it."""
     own_scheduler = _scheduler(config)
     scheduler = arguments.scheduler or own_scheduler
     if scheduler not in SCHEDULERS:
@@ -86,15 +184,7 @@ def main(arguments: Namespace) -> int:
     if scheduler != own_scheduler:  # slices are cut as for that scheduler
         executor = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
         config = config.model_copy(update={"executor": executor})
-    forecasts = {
-        n: forecast(counts, costs, config, cluster_of(scheduler, n, costs, arguments.queue_s)) for n in numbers
-    }
-    if arguments.json:
-        report = _as_json(counts, costs, origin, forecasts) | {"scheduler": scheduler}
-        publish.write_view(arguments.json.parent, arguments.json.name, json.dumps(report, indent=1).encode())
-    say("\n".join([*_count_lines(counts, config), *_cost_lines(counts, costs, origin)]))
-    say("\n".join(_forecast_lines(scheduler, forecasts)))
-    return 0
+    return scheduler, config
 
 
 def _scheduler(config: RunConfig) -> str:
@@ -104,29 +194,45 @@ def _scheduler(config: RunConfig) -> str:
     return "sge" if config.executor.array.dialect.name == "Grid Engine" else "slurm"
 
 
-def _make_plan(config: RunConfig, *, calibrate: bool) -> Path:
-    """Publish the plan of a run as the run itself would, and measure costs if that is requested."""
+def _make_plans(config: RunConfig, ingesting: Callable[..., tuple[Path, ...]], *, calibrate: bool) -> tuple[Path, ...]:
+    """Publish the plans of a run as the run itself would, and measure costs if that is requested."""
     limit_threads(config.executor.threads)
     with logs.shown(), stopping.reporting(lambda: ledger.summary([config.out])), progress.shown(config.out):
-        return _ingest(config, calibrate=calibrate)
+        return ingesting(config, calibrate=calibrate)
 
 
-def _ingest(config: RunConfig, *, calibrate: bool) -> Path:
+def _ingest(config: RunConfig, *, calibrate: bool) -> tuple[Path]:
     cases = shards.begin(config, logs.note)
     with workers(config.executor, config.out) as pool:
-        message = shards.choose(pool, cases)
-        if message:
-            logs.note(message)
-        faults = intake.find_faults(cases)
-        for fault in (*intake.describe_faults(cases, faults), *intake.describe_shared_truth(cases)):
-            logs.note(fault, logging.WARNING)
-        every_case = range(len(shards.case_sizes(cases)))
-        plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
-        rejections = intake.describe_rejections(plan_path, faults)
-        for warning in (*rejections, *intake.describe_usable(cases, plan_path)):
-            logs.note(warning, logging.WARNING)
-        if calibrate:
-            shards.once(pool, plan_path, "measure")
+        return (_plan(pool, cases, logs.note, calibrate=calibrate),)
+
+
+def _ingest_cascade(config: RunConfig, *, calibrate: bool) -> tuple[Path, Path]:
+    """Plan the first pass of a cascade, and a run without it; what is wrong with slides is said once."""
+    cases = shards.begin(config, logs.note)
+    with workers(config.executor, config.out) as pool:
+        first = _plan(pool, shards.begin_first_pass(cases), _silent, calibrate=calibrate)
+        whole = shards.begin(cascade.without_first_pass(config), _silent)
+        return first, _plan(pool, whole, logs.note, calibrate=calibrate)
+
+
+def _silent(_text: str, _level: int) -> None:
+    """Say nothing."""
+
+
+def _plan(pool: Executor, cases: Path, note: shards.Note, *, calibrate: bool) -> Path:
+    message = shards.choose(pool, cases)
+    if message:
+        note(message, logging.INFO)
+    faults = intake.find_faults(cases)
+    for fault in (*intake.describe_faults(cases, faults), *intake.describe_shared_truth(cases)):
+        note(fault, logging.WARNING)
+    every_case = range(len(shards.case_sizes(cases)))
+    plan_path = ingest.make_plan(cases, shards.ingest_shard(pool, cases, every_case))
+    for warning in (*intake.describe_rejections(plan_path, faults), *intake.describe_usable(cases, plan_path)):
+        note(warning, logging.WARNING)
+    if calibrate:
+        shards.once(pool, plan_path, "measure")
     return plan_path
 
 
@@ -146,14 +252,15 @@ def _count_lines(counts: TaskCounts, config: RunConfig) -> Iterator[str]:
     yield f"memory of a task: {counts.memory_mb:,} MB"
 
 
-def _cost_lines(counts: TaskCounts, costs: Costs, origin: str) -> Iterator[str]:
+def _cost_lines(found: _Estimate) -> Iterator[str]:
+    counts, costs, origin = found
     hours = core_hours(counts, costs)
     total = sum(hours.values())
     source = "rough values for GoogLeNet at stride 16, fp32: measure with --calibrate" if origin == "rough" else origin
     yield f"costs: {source}"
     between = ""
     if costs.basis is not None:
-        least, most = core_hours_between(hours, costs.basis)
+        least, most = found.hours_between()
         between = f", between {least:.3g} and {most:.3g}"
         yield f"  {_basis_text(costs.basis)}; the rest is extrapolated{_by_pixels(counts)}"
     each = ", ".join(f"{stage} {value:.3g}" for stage, value in hours.items())
@@ -190,7 +297,8 @@ def _clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def _as_json(counts: TaskCounts, costs: Costs, origin: str, forecasts: Mapping[int, Forecast]) -> dict[str, Any]:
+def _as_json(found: _Estimate, forecasts: Mapping[int, Forecast]) -> dict[str, Any]:
+    counts, costs, origin = found
     hours = core_hours(counts, costs)
     return {
         "slides": len(counts.slides),
@@ -207,5 +315,9 @@ def _as_json(counts: TaskCounts, costs: Costs, origin: str, forecasts: Mapping[i
         "measured_on": costs.basis._asdict() if costs.basis else None,
         "megapixels": counts.megapixels,
         "worker_once_s": costs.once_s(),
-        "forecasts": [each._asdict() | {"efficiency": each.efficiency} for each in forecasts.values()],
+        "forecasts": _forecasts_as_json(forecasts),
     }
+
+
+def _forecasts_as_json(forecasts: Mapping[int, Forecast]) -> list[dict[str, Any]]:
+    return [each._asdict() | {"efficiency": each.efficiency} for each in forecasts.values()]

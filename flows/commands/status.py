@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from wsiflow.errors import InputError
-from wsiflow.run import ledger, progress
+from wsiflow.run import first_pass, ledger, progress
 from wsiflow.run.executor import driver, waiting
 from wsiflow.run.plan import Plan, read_plan
 from wsiflow.run.stages import ingest
@@ -32,6 +32,7 @@ def main(arguments: Namespace) -> int:
     if not plans:
         say("there is no plan yet")
         say(f"ingest {n_ingested} of {len(cases)}")
+    _print_first_passes(root)
     missing = _print_stages(root, plans[-1], n_ingested) if plans else ["a plan"]
     say(f"not complete: it lacks {', '.join(missing)}" if missing else "complete")
     for line in waiting.describe(root):
@@ -43,6 +44,13 @@ def main(arguments: Namespace) -> int:
         for row in tables.read(slide_list, "the list of slides", "start the run again").rows():
             say(f"{row['slide_id']}: {row['status']}{': ' + row['reason'] if row['reason'] else ''}")
     return 0
+
+
+def _print_first_passes(root: Path) -> None:
+    """Print how far the first passes of a cascade are."""
+    for folder in (root / first_pass.DEVELOPMENT, first_pass.folder_of(root)):
+        if plans := publish.generations(folder, "plan.json"):
+            say(progress.snapshot(folder, read_plan(plans[-1]), driver.running_since(root)).as_text())
 
 
 def _no_run(root: Path) -> tuple[str, str]:

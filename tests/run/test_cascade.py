@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from small_models import with_statistics
 from small_runs import attempts, digests, over, wsiflow
 
+from flows.compose import compose_config
 from wsiflow.evaluation.froc import LesionMask
 from wsiflow.evaluation.truth import Truth
 from wsiflow.heatmap import files
@@ -18,9 +20,12 @@ from wsiflow.model import save
 from wsiflow.model.architectures.registry import build
 from wsiflow.model.engines import engine
 from wsiflow.plan.geometry import Frame
+from wsiflow.run.forecast.cascade import looked_at
 from wsiflow.run.plan import latest_plan
+from wsiflow.run.progress import Follower
 from wsiflow.run.stages import ingest
 from wsiflow.run.stages import threshold as stage
+from wsiflow.system import publish
 
 CHEAP = ["inference.cascade.um_px=1", "inference.cascade.stride=56", "inference.cascade.threshold=0.2"]
 
@@ -105,6 +110,60 @@ def test_both_passes_are_charged_and_verified(cascaded: Path, capsys: pytest.Cap
     assert main(["verify", str(cascaded)]) == 0
     assert main(["verify", str(damaged)]) == 40
     assert "heatmaps/normal_001.tif" in capsys.readouterr().err
+
+
+def test_progress_is_that_of_the_first_pass_until_the_run_has_a_plan(
+    cascaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The console, the page and `wsiflow status` show one text, with the stages of a first pass alone."""
+    from flows.cli import main
+
+    out = Path(shutil.copytree(cascaded, tmp_path / "run"))
+    follower = Follower(out)
+    (out / "plan.json").unlink()
+    publish.receipt_path(out / "first", "heatmaps/normal_001.tif").unlink()
+    seen = follower.snapshot()
+    assert seen is not None
+    assert (seen.which, seen.slides, set(seen.stages)) == ("first pass", (1, 2), {"predict", "stitch"})
+    assert seen.as_text().startswith("first pass: 1 of 2 slides, ")
+    assert main(["status", str(out)]) == 0
+    assert f"there is no plan yet\ningest 2 of 2\n{seen.as_text()}\n" in capsys.readouterr().out
+    (out / "first/plan.json").unlink()
+    begun = follower.snapshot()
+    assert begun is not None
+    assert begun.as_text() == "first pass: ingest 2 of 2 slides"
+
+
+def test_a_plan_tells_what_both_passes_take_as_a_range(
+    pair: Path, cascaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first pass is counted as the run does it; what the own pass looks at is given, or known from its plan."""
+    from flows.cli import main
+
+    out, report = tmp_path / "run", tmp_path / "report.json"
+    arguments = ["plan", *over(pair, out, *CHEAP), "--workers", "1,2", "--json", str(report)]
+    assert main([*arguments, "--looked-at", "0.05,0.4"]) == 0
+    told = json.loads(report.read_text())
+    tasks = Counter(receipt["path"].partition("/")[0] for receipt in receipts(cascaded / "first"))
+    assert told["first_pass"]["tasks"]["predict"] == tasks["predictions"]
+    assert told["first_pass"]["tasks"]["certify"] == 0
+    first, whole = (sum(told[which]["core_hours"].values()) for which in ("first_pass", "whole"))
+    least, most = told["core_hours_between"]
+    assert first < least < most < first + 1.5 * whole
+    assert told["forecasts"]["least"][0]["makespan_s"] < told["forecasts"]["most"][0]["makespan_s"]
+    assert "it looks at 5% to 40% of the tissue: as given with --looked-at" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "it looks at 0% to 100% of the tissue: not known before the first pass" in capsys.readouterr().out
+    assert not (out / "plan.json").exists()
+    assert (out / "first/plan.json").read_bytes() == (cascaded / "first/plan.json").read_bytes()
+    assert main(["plan", *over(pair, cascaded, *CHEAP), "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["core_hours"] == {}
+
+
+def receipts(root: Path) -> list[dict[str, str]]:
+    """Return the receipts of the files of a folder."""
+    every = (json.loads(path.read_text()) for path in (root / "receipts").rglob("*.json"))
+    return [receipt for receipt in every if "path" in receipt]
 
 
 def test_a_cascade_resumes_on_other_executors_to_the_same_bytes(pair: Path, cascaded: Path, tmp_path: Path) -> None:
@@ -222,6 +281,9 @@ def test_a_threshold_is_chosen_on_other_slides_once(
     assert "keeps 1 of 1 lesions on 1 development slides" in capsys.readouterr().out
     threshold = json.loads((tmp_path / "a/development/threshold.json").read_text())["threshold"]
     assert latest_plan(tmp_path / "a").settings.cascade.threshold == threshold
+    looked = looked_at(compose_config(over(tested, tmp_path / "a", *auto)), ())
+    assert 0 < looked.least == looked.most < 1
+    assert looked.origin == "as on the development slides (1)"
     heat, _ = files.read_heatmap(tmp_path / "a/development/heatmaps/tumor_001.tif")
     assert 0 < threshold <= np.nanmax(heat)
     assert wsiflow(*over(tested, tmp_path / "b", *auto)) == 0

@@ -33,6 +33,8 @@ DEVELOPMENT = "development"
 THRESHOLD = "threshold.json"
 """Name of the file of the chosen threshold, in that folder."""
 
+_NAMES = {FOLDER: "first pass", DEVELOPMENT: "first pass over development slides"}
+
 #: Names of the stages of the line that a first pass goes through.
 STAGES = ("stain", "predict", "stitch")
 
@@ -40,6 +42,24 @@ STAGES = ("stain", "predict", "stitch")
 def folder_of(root: Path) -> Path:
     """Return the folder of the first pass of a run."""
     return root / FOLDER
+
+
+def folder_at_work(root: Path) -> Path:
+    """Return the folder in which a run does its work at present: its own, or that of a first pass before it has a plan.
+
+    The threshold is chosen on the development slides before those under test are looked through.
+    """
+    if publish.generations(root, "plan.json"):
+        return root
+    development = root / DEVELOPMENT
+    unchosen = [development] if not (development / THRESHOLD).exists() else []
+    begun = (folder for folder in (*unchosen, folder_of(root)) if publish.generations(folder, "cases.json"))
+    return next(begun, root)
+
+
+def name_of(root: Path) -> str:
+    """Return what a user calls the run in a folder where it is a first pass; empty where it is not."""
+    return _NAMES[root.name] if is_first_pass(root) else ""
 
 
 def is_first_pass(root: Path) -> bool:
@@ -150,6 +170,9 @@ def read_heatmap(root: Path, slide_id: str) -> tuple[NDArray[np.float32], Frame]
 
 def known_sha256(root: Path, slide_id: str, signature: str) -> str:
     """Return the SHA-256 that the first pass has found of a slide; empty where it has none, or files were touched."""
-    path = folder_of(root) / f"tissue/{slide_id}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return str(record["sha256"]) if record.get("signature") == signature else ""
+    for folder in (folder_of(root), folder_of(root.parent)):  # the latter of a run that is planned in its place
+        path = folder / f"tissue/{slide_id}.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if record.get("signature") == signature:
+            return str(record["sha256"])
+    return ""

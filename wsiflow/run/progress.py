@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wsiflow.run import first_pass, trace
 from wsiflow.run import plan as plans
-from wsiflow.run import trace
 from wsiflow.run.cases import read_cases
 from wsiflow.run.costs import Costs, costs_of
 from wsiflow.run.executor import waiting
@@ -42,6 +42,7 @@ class Snapshot(NamedTuple):
         tiles_per_s: Tissue tiles that were scored per second over the last minutes; None where unknown.
         left_s: Seconds until the rest is done at the speed of the last minutes; None where unknown.
         elements: What waits and runs in the queue of a scheduler, in words; empty without array jobs.
+        which: Name of the first pass that this is the progress of; empty where it is that of the run itself.
     """
 
     stages: Mapping[str, tuple[int, int]]
@@ -51,9 +52,16 @@ class Snapshot(NamedTuple):
     tiles_per_s: float | None = None
     left_s: float | None = None
     elements: str = ""
+    which: str = ""
 
     def as_text(self) -> str:
-        """Return the progress in one line: ``12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left``."""
+        """Return the progress in one line: ``12 of 40 slides, 1,203 of 4,000 tiles, 85 tiles/s, about 32 min left``.
+
+        That of a first pass has its name in front.
+        """
+        return f"{self.which}: {self._counts()}" if self.which else self._counts()
+
+    def _counts(self) -> str:
         if not self.slides[1]:
             parts = [f"{stage} {_of(counts)} slides" for stage, counts in self.stages.items()]
             return "; ".join(filter(None, (", ".join(parts), self.elements)))
@@ -101,27 +109,32 @@ class Follower:
     def __init__(self, root: Path) -> None:
         """Begin now; earlier attempts do not count for the speed."""
         self._root, self._since = root, now()
+        self._follow(root)
+
+    def _follow(self, folder: Path) -> None:
+        self._folder, self._log = folder, trace.LogReader(folder)
         self._planned: _Planned | None = None
         self._path: Path | None = None
-        self._log = trace.LogReader(root)
 
     def snapshot(self) -> Snapshot | None:
-        """Return the progress by now; None where the slides are not listed yet."""
-        files = publish.generations(self._root, "plan.json")
+        """Return the progress by now, that of a first pass while it runs; None where the slides are not listed yet."""
+        if (folder := first_pass.folder_at_work(self._root)) != self._folder:
+            self._follow(folder)
+        files = publish.generations(folder, "plan.json")
         if not files:
             return self._before_plan()
         if self._planned is None or files[-1] != self._path:  # the plan has a new generation where a slide joins
-            self._path, self._planned = files[-1], _Planned(self._root, plans.read_plan(files[-1]))
+            self._path, self._planned = files[-1], _Planned(folder, plans.read_plan(files[-1]))
         self._planned.add(self._log.rows(), self._since)
         return self._planned.snapshot(time.time())._replace(elements=waiting.text(self._root))
 
     def _before_plan(self) -> Snapshot | None:
-        source = ingest.newest_cases(self._root)
+        source = ingest.newest_cases(self._folder)
         if source is None:
             return None
         slides = [case.slide_id for case in read_cases(source)[1]]
-        counts = {"ingest": (ingested(self._root, slides), len(slides))}
-        return Snapshot(counts, elements=waiting.text(self._root))
+        counts = {"ingest": (ingested(self._folder, slides), len(slides))}
+        return Snapshot(counts, elements=waiting.text(self._root), which=first_pass.name_of(self._folder))
 
 
 class _EndedTask(NamedTuple):
@@ -179,6 +192,7 @@ class _Planned:
             max(0.0, 1 - sum(undone.values()) / self._seconds_planned(costs)),
             tiles_per_s,
             left_s / speed if speed else None,
+            which=first_pass.name_of(self._root),
         )
 
     def _tiles(self, stage: str, slide: int, tasks: int) -> float:

@@ -15,7 +15,7 @@ from wsiflow.run.forecast.simulation import Cluster, Forecast, Sizes, Tasks
 from wsiflow.run.plan import Plan
 from wsiflow.run.plan import read_plan as read_plan
 from wsiflow.run.stages import measure
-from wsiflow.run.stages.line import LOADING, STAGES
+from wsiflow.run.stages.line import LOADING, STAGES, stages_of
 from wsiflow.system import publish, tables
 from wsiflow.system.machine import allocated_cores
 
@@ -73,7 +73,7 @@ def count_tasks(plan_path: Path, config: RunConfig) -> TaskCounts:
     tasks, done = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
     for slide in range(len(plan.slides)):
         missing: Tasks = {}
-        for stage in (stage for stage in STAGES.values() if stage.is_due(plan, slide)):
+        for stage in (stage for stage in stages_of(root) if stage.is_due(plan, slide)):
             places = stage.tasks_of(plan, slide)
             left = [place for place in places if not publish.has_recorded_size(root, stage.product_of(plan, place))]
             tasks[stage.name] += len(places)
@@ -144,7 +144,11 @@ def count_tasks_in_table(config: RunConfig, path: Path, share: float) -> TaskCou
     except ValueError as error:
         cause = f"the table of tiles has a count that is not a whole number ({error})"
         raise InputError(cause, advice, path=path) from error
-    tiles = [max(1, round(share * box)) for box in boxes]
+    return count_tasks_of_tiles(config, [max(1, round(share * box)) for box in boxes])
+
+
+def count_tasks_of_tiles(config: RunConfig, tiles: list[int]) -> TaskCounts:
+    """Count the tasks of slides of which only the numbers of tissue tiles are known; nothing of them is done."""
     stored = config.store.kind == "hdf5"
     sizes = Sizes(
         config.tiles.group_tiles,

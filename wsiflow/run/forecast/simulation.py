@@ -218,6 +218,23 @@ class Forecast(NamedTuple):
         """Share of the cores' time that was spent on work that was kept."""
         return self.work_s / (self.cores * self.makespan_s) if self.makespan_s else 1.0
 
+    def then(self, after: "Forecast") -> "Forecast":
+        """Return both, where all of this run ends before the other one starts on the same workers."""
+        elements = self.elements + after.elements
+        waited_s = self.queue_s * self.elements + after.queue_s * after.elements
+        return after._replace(
+            makespan_s=self.makespan_s + after.makespan_s,
+            work_s=self.work_s + after.work_s,
+            overhead_s=self.overhead_s + after.overhead_s,
+            lost_s=self.lost_s + after.lost_s,
+            allocated_s=self.allocated_s + after.allocated_s,
+            queue_s=waited_s / elements if elements else 0.0,
+            elements=elements,
+            arrays=self.arrays + after.arrays,
+            retried=self.retried + after.retried,
+            failed=self.failed + after.failed,
+        )
+
     @property
     def waves(self) -> float:
         """Number of slices per worker."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from wsiflow.run import first_pass
 from wsiflow.run.costs import Costs, StageCost
 from wsiflow.run.plan import Plan
 from wsiflow.run.stages import certify, detect, extract, predict, stain, stitch
@@ -41,6 +42,11 @@ ROUGH = Costs(
 )
 
 
+def stages_of(root: Path) -> list[Stage]:
+    """Return the stages that slides go through in a folder, in order: a first pass has few of them."""
+    return [STAGES[name] for name in (first_pass.STAGES if first_pass.is_first_pass(root) else STAGES)]
+
+
 def names_of(stage: Stage, plan: Plan, slide: int, index: int) -> list[str]:
     """Return the names of all files that a task of a slide publishes."""
     return [stage.product_of(plan, index), *stage.beside_of(plan, slide)]
@@ -53,7 +59,8 @@ class Census:
     slide is not counted again for that slide.
 
     Attributes:
-        planned: Number of tasks by stage and slide; stages that the plan does not ask for are left out.
+        planned: Number of tasks by stage and slide; stages that the plan does not ask for, or that a first
+            pass does not go through, are left out.
         missing: Number of tasks that were not published at the last count, by stage and slide; slides of which nothing
             is missing are left out.
     """
@@ -61,7 +68,7 @@ class Census:
     def __init__(self, root: Path, plan: Plan) -> None:
         """Count the planned tasks; no folder is read yet."""
         self._root, self._plan = root, plan
-        tasks = {stage.name: _tasks_by_slide(plan, stage) for stage in STAGES.values()}
+        tasks = {stage.name: _tasks_by_slide(plan, stage) for stage in stages_of(root)}
         self.planned = {name: each for name, each in tasks.items() if each}
         self.missing = dict(self.planned)
 
