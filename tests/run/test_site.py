@@ -2,6 +2,7 @@
 
 import re
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def restart_now(job: str, count: int) -> None:
     time.sleep(2)  # Slurm does not launch a job again in the second in which it was stopped
     for element in call("squeue", "-h", "-r", "-t", "PENDING", "-j", job, "-o", "%i").split():
         call("scontrol", "update", f"jobid={element}", "starttime=now")
+
+
+def is_up(node: str) -> bool:
+    """Tell whether a node that was down is up again, which this asks for."""
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+    return f"{node} idle\n" in call("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T")
 
 
 def preempt(count: int) -> str:
@@ -77,7 +84,7 @@ def test_elements_that_are_stopped_go_on_when_slurm_starts_them_again(
     job = job_of(tmp_path)
     call("scontrol", "update", f"nodename={HERE}-2", "state=down", "reason=test")
     wait_for(lambda: caplog.text.count("was stopped by its scheduler and waits to be started again") == 2)
-    call("scontrol", "update", f"nodename={HERE}-2", "state=resume")
+    wait_for(lambda: is_up(f"{HERE}-2"))
     urgent = preempt(4)
     wait_for(lambda: caplog.text.count("was preempted by other jobs and waits to be started again") == 2)
     wait_for(lambda: not call("squeue", "-h", "-j", urgent))

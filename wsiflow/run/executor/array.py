@@ -168,7 +168,7 @@ class ArrayJobs:
         try:
             count = len(self._cancel())
         except WsiflowError:
-            return f"array jobs may still be in the queue, end them with wsiflow cancel {self._root}"
+            return jobs.may_be_left(self._root)
         return f"{count} array job{'s' * (count != 1)} cancelled"
 
     def _cancel(self) -> list[str]:
