@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsiflow.errors import EnvironmentFault, InputError
 from wsiflow.run import executor
 from wsiflow.run.cases import needed_paths
+from wsiflow.run.executor import jobs
 from wsiflow.run.executor.kinds import KINDS
 from wsiflow.run.executor.params import DaskParams, ExecutorParams, starts_all_workers, worker_count
 from wsiflow.run.executor.protocol import Executor, Outcome, Slice, Work
@@ -55,7 +56,7 @@ def workers(params: ExecutorParams, root: Path) -> Iterator[Executor]:
     with (
         cluster(params, cores=cores, root=root) as client,
         executor.make(params, cores=cores, root=root, client=client, **_about_nodes(params, root)) as pool,
-        stopping.at_stop(pool.stop),
+        stopping.at_stop(pool.stop, unfinished=jobs.may_be_left(root) if params.kind == "array" else ""),
     ):
         yield _StoppableExecutor(pool)
 
@@ -125,7 +126,12 @@ def cluster(params: ExecutorParams, *, cores: int, root: Path) -> "Iterator[Clie
     ):
         client = _client(runner, params.dask or DaskParams())
         ends.callback(jobqueue.remove_certificates, client.cluster)
-        with stopping.at_stop(lambda: _end(client, scratch, root)), _staffed(client, params, root):
+        has_jobs = (params.dask or DaskParams()).cluster.startswith(jobqueue.PREFIX)
+        unfinished = jobs.may_be_left(root) if has_jobs else ""
+        with (
+            stopping.at_stop(lambda: _end(client, scratch, root), unfinished=unfinished),
+            _staffed(client, params, root),
+        ):
             yield client
 
 

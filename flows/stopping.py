@@ -5,7 +5,7 @@ can keep a signal from it. Every thread of the command blocks SIGINT, and every 
 that a signal which a terminal sends to all of them reaches the main thread alone. At the first signal everything but
 one last line is silenced, the functions that were registered with `at_stop` are called, every descendant of this
 process is killed, and this process exits. To the files on the disk this is the same as if it had been killed, and a
-later start resumes from them. At the second signal the process exits at once.
+later start resumes from them. At the second signal the process exits at once; the line then names what is left to do.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ _COUNTING_S = 0.8
 _PRINTING_S = 0.5  # a pipe that nobody reads may be full
 _PAUSE_S = 0.02
 
-_cleanings: list[Callable[[], str | None]] = []
-_endings: list[Callable[[], str | None]] = []
+_cleanings: list["_Cleaning"] = []
+_endings: list["_Cleaning"] = []
 _summaries: list[Callable[[], str]] = []
 
 
@@ -46,6 +46,18 @@ class _State:
     stderr = 2  # file descriptor to which the last line is printed
     printed = False
     abandoned = False  # whether threads of libraries are left, for which no exit may wait
+
+
+class _Cleaning:
+    """A function that ends what a command uses, and what is to be said where it could not end that."""
+
+    def __init__(self, clean: Callable[[], str | None], unfinished: str) -> None:
+        self._clean, self.unfinished = clean, unfinished
+
+    def __call__(self) -> str | None:
+        sentence = self._clean()
+        self.unfinished = ""
+        return sentence
 
 
 class _Ended(NamedTuple):
@@ -120,20 +132,21 @@ def _end_of(command: Callable[[], int]) -> _Ended:
 
 
 @contextlib.contextmanager
-def at_stop(clean: Callable[[], str | None], *, last: bool = False) -> Iterator[None]:
+def at_stop(clean: Callable[[], str | None], *, last: bool = False, unfinished: str = "") -> Iterator[None]:
     """Have a function called if a signal comes during the body.
 
     Args:
         clean: Ends what the body uses within two seconds. It is called from another thread, at the same time as other
             such functions, and returns words for the last line, or None.
         last: Whether it is called after the others, for half a second, since they use what it ends.
+        unfinished: Words for the last line where it takes longer than that, or a second signal comes first.
     """
-    registered = _endings if last else _cleanings
-    registered.append(clean)
+    registered, cleaning = _endings if last else _cleanings, _Cleaning(clean, unfinished)
+    registered.append(cleaning)
     try:
         yield
     finally:
-        registered.remove(clean)
+        registered.remove(cleaning)
 
 
 @contextlib.contextmanager
@@ -195,7 +208,7 @@ def _listening(heard: _Heard) -> Iterator[None]:
 
     def hear(number: int, _frame: FrameType | None) -> None:
         if _State.stopping:
-            _leave(number, _line("stopped at once", goes_on=bool(_summaries)))
+            _leave(number, _line(", ".join(["stopped at once", *_unfinished()]), goes_on=bool(_summaries)))
         _State.stopping = True
         heard.put(number)
 
@@ -218,9 +231,15 @@ def _end(number: int) -> NoReturn:
     summaries = _summaries[:1]  # cleaning up ends the bodies for which they are registered
     sentences = _within(_CLEANING_S, _cleanings[::-1])
     sentences += _within(_ENDING_S, _endings[::-1])
+    sentences += _unfinished()
     kill_descendants()
     sentences[:0] = _within(_COUNTING_S, summaries)
     _leave(number, _line(f"stopped: {', '.join(sentences)}" if sentences else "stopped", goes_on=bool(summaries)))
+
+
+def _unfinished() -> list[str]:
+    """Return what is to be said of what has not been ended yet."""
+    return [one.unfinished for one in (*_cleanings, *_endings) if one.unfinished]
 
 
 def _line(text: str, *, goes_on: bool) -> str:

@@ -171,7 +171,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """
     _needs_root_and("slurmctld", "slurmd", "munged")
     folder = tmp_path_factory.mktemp("slurm")
-    controller, node = _free_ports()
+    controller, node = _free_ports(2)
     here = socket.gethostname().partition(".")[0]
     extra = f"""MaxArraySize=5
 PartitionName=short Nodes={here} MaxTime=2 State=UP
@@ -182,11 +182,32 @@ PartitionName=labs Nodes={here} AllowAccounts=labs State=UP"""
 
 
 @pytest.fixture(scope="session")
+def slurm_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to add to the environment to use a real Slurm of three nodes of two cores, which keeps accounts.
+
+    Jobs in its partition ``urgent`` preempt those in ``spare``, which are started again, and in ``spot``, which are
+    cancelled. These are all of the first two nodes.
+    """
+    _needs_root_and("slurmctld", "slurmd", "munged", "slurmdbd", "mariadbd")
+    folder = tmp_path_factory.mktemp("site")
+    controller, accounts, *nodes = _free_ports(5)
+    here = socket.gethostname().partition(".")[0]
+    extra = f"""PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=spare Nodes={here},{here}-2 PriorityTier=1 PreemptMode=REQUEUE State=UP
+PartitionName=spot Nodes={here},{here}-2 PriorityTier=1 PreemptMode=CANCEL State=UP
+PartitionName=urgent Nodes={here},{here}-2 PriorityTier=9 PreemptMode=OFF State=UP"""
+    ports = {"SLURMCTLD_PORT": controller, "SLURMDBD_PORT": accounts, "SLURMD_PORT": " ".join(nodes)}
+    with _daemons("slurm", folder, {**ports, "SLURM_EXTRA": extra, "SLURM_NODE": "CPUs=2 RealMemory=4000"}):
+        yield {"SLURM_CONF": str(folder / "slurm.conf")}
+
+
+@pytest.fixture(scope="session")
 def sge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What to add to the environment to use a real Grid Engine of one node, whose arrays have at most five elements."""
     _needs_root_and("sge_qmaster", "sge_execd")
     folder = tmp_path_factory.mktemp("sge")
-    master, node = _free_ports()
+    master, node = _free_ports(2)
     ports = {"SGE_QMASTER_PORT": master, "SGE_EXECD_PORT": node}
     with _daemons("sge", folder, {**ports, "SGE_AJ_TASKS": "5"}):
         yield {"SGE_ROOT": str(folder), "SGE_CELL": "default", **ports}
@@ -198,12 +219,13 @@ def _needs_root_and(*daemons: str) -> None:
         pytest.skip(f"a scheduler of our own needs root and {', '.join(absent or daemons)}")
 
 
-def _free_ports() -> tuple[str, str]:
-    """Return two ports that nobody listens on."""
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return str(first.getsockname()[1]), str(second.getsockname()[1])
+def _free_ports(count: int) -> list[str]:
+    """Return ports that nobody listens on."""
+    with contextlib.ExitStack() as opened:
+        listening = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for one in listening:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in listening]
 
 
 @contextlib.contextmanager

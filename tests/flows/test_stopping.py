@@ -308,7 +308,8 @@ def clean():
     Path("cleaning").touch()
     time.sleep(600)
 def command():
-    with stopping.reporting(lambda: "1 tasks done, 2 left"), stopping.at_stop(clean):
+    jobs = stopping.at_stop(clean, unfinished="jobs may still be in the queue")
+    with stopping.reporting(lambda: "1 tasks done, 2 left"), jobs, stopping.at_stop(lambda: None, unfinished="all"):
         Path("begun").touch()
         time.sleep(600)
 sys.exit(stopping.run(command))
@@ -317,7 +318,7 @@ sys.exit(stopping.run(command))
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
-    """Cleaning up that hangs is given up after two seconds, or at once at a second signal."""
+    """Cleaning up that hangs is given up after two seconds, or at once at a second signal; what is left is named."""
     (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
     running = Running([sys.executable, str(tmp_path / "stubborn.py")], dict(os.environ), tmp_path)
     running.wait_for((tmp_path / "begun").exists)
@@ -327,7 +328,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, presses: int) -> None:
         os.write(running._keyboard, b"\x03")
     assert running.end() == 130
     line = {1: "stopped: 1 tasks done, 2 left", 2: "stopped at once"}[presses]
-    assert running.errors == f"{line}; the same command goes on\n"
+    assert running.errors == f"{line}, jobs may still be in the queue; the same command goes on\n"
     running.close()
 
 

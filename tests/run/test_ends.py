@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow.run.executor import bounds, element, ends, jobs
+from wsiflow.run.executor import bounds, element, ends, jobs, lifetime
 from wsiflow.run.executor.bounds import Bounds
-from wsiflow.run.executor.dialect import ArrayParams, Given, Seen
+from wsiflow.run.executor.dialect import ArrayParams, Charge, Given, Seen
 from wsiflow.run.executor.ends import End, Requests, Told
+from wsiflow.run.executor.lifetime import Life
 from wsiflow.run.executor.params import ExecutorParams
 from wsiflow.run.executor.pieces import Request, Tries
 from wsiflow.system import faults
@@ -52,7 +54,10 @@ def qacct(failed: str, exit_status: int, maxvmem: str, wallclock: str = "12s") -
         ("slurm", "JobState=FAILED Reason=NonZeroExitCode ExitCode=126:0", "", "start"),
         ("slurm", "JobState=FAILED Reason=RaisedSignal:53(Real-time_signal_19) ExitCode=0:53", "", "start"),
         ("slurm", "JobState=FAILED Reason=BadConstraints ExitCode=0:0", "BadConstraints", "start"),
-        ("slurm", "JobState=PREEMPTED Reason=Preempted ExitCode=0:0", "", "node"),
+        ("slurm", "JobState=PREEMPTED Reason=Preempted ExitCode=0:9", "", "preempted"),
+        ("slurm", "JobState=NODE_FAIL Reason=NodeDown ExitCode=0:9", "", "node"),
+        ("slurm", "JobState=TIMEOUT Reason=TimeLimit ExitCode=0:9", "", "time"),
+        ("slurm", "JobState=FAILED Reason=NonZeroExitCode ExitCode=0:9", "", "memory"),
         ("slurm", "JobState=DEADLINE Reason=DeadLine ExitCode=0:0", "", "time"),
         ("sge", qacct("100 : assumedly after job", 137, "3.9G"), "", "memory"),
         ("sge", qacct("100 : assumedly after job", 137, "310.5M"), "", "killed"),
@@ -304,11 +309,33 @@ def test_an_element_records_that_it_is_about_to_be_killed(tmp_path: Path) -> Non
     """Grid Engine announces that it ends an element, and keeps no record of who asked for it."""
     child = os.fork()
     if not child:
-        with (tmp_path / "0.1.jsonl").open("w") as stream, element._warned(stream, 0.0):
+        life = lifetime.Recorder(tmp_path, threads=1, job="a")
+        time.sleep(0.2)  # too short for the next of its own notes
+        with (tmp_path / "0.1.jsonl").open("w") as stream, element._warned(stream, 0.0, life):
             os.kill(os.getpid(), signal.SIGUSR2)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGUSR2
     assert jobs.parse((tmp_path / "0.1.jsonl").read_bytes())[0].keys() == {"warned_s"}
+    (noted,) = lifetime.read(tmp_path)
+    assert noted.lived_s >= 0.2, "the bill has it to the end"
+
+
+def test_what_a_scheduler_charges_counts_instead_of_what_an_element_noted(tmp_path: Path) -> None:
+    """Of its last start; an element that died before Python started has nothing else in the bill."""
+    slurm = "JobId=9 JobState=FAILED ExitCode=9:0 RunTime=1-00:01:05 TimeLimit=01:00:00 NumNodes=1 NumCPUs=4 NumTasks=1"
+    assert params("slurm").dialect.charged(slurm) == Charge(4, 86465)
+    twice = "slots        1\n" + qacct("0", 0, "1G", "3s") + "slots        2\n" + qacct("0", 137, "1G", "7s")
+    assert params("sge").dialect.charged(twice) == Charge(2, 7)
+    used = "    resources_used.ncpus = 2\n    resources_used.vmem = 1kb\n    resources_used.walltime = 00:01:01\n"
+    assert params("pbs").dialect.charged(used) == Charge(2, 61)
+    assert params("lsf").dialect.charged("Exited with exit code 1") is None
+    for name, life in (
+        ("own", Life("a.0.1", 4, 90.0)),
+        ("charged", Life("a.0.1", 4, 65.0, charged=True)),
+        ("dead", Life("a.1", 1, 6.0, charged=True)),
+    ):
+        lifetime.note_charge(tmp_path, name, life)
+    assert lifetime.allocated_core_s(lifetime.read(tmp_path)) == 4 * 65 + 6
 
 
 @pytest.mark.parametrize(

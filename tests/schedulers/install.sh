@@ -7,6 +7,7 @@ PATH=$PATH:/usr/sbin:/sbin
 there() { for command in "$@"; do command -v "$command" >/dev/null || return 1; done; }
 wanted=()
 there slurmctld slurmd munged sbatch || wanted+=(slurm-wlm munge)
+there slurmdbd mariadbd || wanted+=(slurmdbd mariadb-server)
 there sge_qmaster sge_execd qsub || wanted+=(gridengine-master gridengine-exec gridengine-client)
 ((${#wanted[@]})) || exit 0
 if ((EUID)) || ! command -v apt-get >/dev/null; then

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from wsiflow.errors import EnvironmentFault, Failure, WsiflowError
-from wsiflow.run.executor import bounds, element, ends, jobs, pieces, submission
-from wsiflow.run.executor.dialect import ArrayParams, Place
+from wsiflow.run.executor import bounds, element, ends, jobs, lifetime, pieces, submission
+from wsiflow.run.executor.dialect import ArrayParams, Charge, Place, Seen
 from wsiflow.run.executor.ends import End
 from wsiflow.run.executor.jobs import JobLog
 from wsiflow.run.executor.params import ExecutorParams
@@ -117,6 +117,7 @@ class ArrayJobs:
         self._fruitless: dict[Request, dict[str, End]] = {}  # arrays whose elements died before any work, and how
         self._cancelled: set[Request] = set()  # elements with these were cancelled by somebody
         self._has_begun = False
+        self._requeued = "", float("-inf"), ""  # the array whose elements were requeued last, when it was seen, and why
         self._adrift: dict[str, float] = {}  # since when nobody is known to have a piece
         self._order = itertools.count()
         self._state, self._turn = threading.RLock(), threading.Lock()
@@ -167,7 +168,7 @@ class ArrayJobs:
         try:
             count = len(self._cancel())
         except WsiflowError:
-            return f"array jobs may still be in the queue, end them with wsiflow cancel {self._root}"
+            return jobs.may_be_left(self._root)
         return f"{count} array job{'s' * (count != 1)} cancelled"
 
     def _cancel(self) -> list[str]:
@@ -537,6 +538,8 @@ class ArrayJobs:
         seen = poll.places.get(one.place)
         if seen and (self._dialect.is_alive(seen.state) or not self._dialect.is_stuck(one.seen.state)):
             one.seen = seen
+        if seen and self._dialect.is_alive(seen.state):
+            self._see_running(array, one, seen, poll)
         if one.unfit:  # it has ended by itself, and said why
             return True
         if one.warned_s is not None and seen is None:
@@ -548,6 +551,21 @@ class ArrayJobs:
         else:
             one.gone_since = None
         return False
+
+    def _see_running(self, array: Array, one: Element, seen: Seen, poll: Poll) -> None:
+        """Note since when an element runs, and tell where one that ran waits again."""
+        if not self._dialect.is_pending(seen.state):
+            one.running_since = one.running_since or poll.taken_s
+        elif one.running_since is not None:
+            one.running_since = None
+            if self._requeued[:2] != (array.name, poll.taken_s):  # elements of an array that are stopped at once
+                why = ends.why_requeued(self._params, {"job": array.job, "index": one.place.number})
+                self._requeued = array.name, poll.taken_s, why
+            one.requeued_for = self._requeued[2]
+            what = "was preempted by other jobs" if one.requeued_for == "preempted" else "was stopped by its scheduler"
+            reason = f" ({seen.reason})" if seen.reason not in {"", "None"} else ""
+            text = "element %s %s and waits to be started again%s; what it had done is kept"
+            _logger.warning(text, self._native(array, one.place.number), what, reason)
 
     def _free(self, array: Array, one: Element) -> None:
         """Cancel an element that is stuck, and keep the reason, which is gone with it."""
@@ -585,13 +603,14 @@ class ArrayJobs:
         """
         log = array.logs / f"{one.place.number}.log"
         end, native = self._how_ended(array, one, log), self._native(array, one.place.number)
+        self._note_charge(array, one, end)
         process = one.process()
         if process:  # a driver on another machine cannot see that the process is gone
             publish.forget_attempts(self._root, process)
         if end.cause == "cancelled":
             self._cancelled.add(array.request)
         if not has:
-            if end.cause != "cancelled":
+            if end.cause not in {"cancelled", "preempted"}:
                 self._fruitless.setdefault(array.request, {})[array.name] = end
             when = "while it had no work" if one.taken else "before it took any work"
             _logger.warning("element %s died (%s) %s; its %s", native, end, when, ends.ending(log))
@@ -603,6 +622,14 @@ class ArrayJobs:
                 fate = "and its work is posted again" if again else "and its work is given up"
                 stage = posted.piece.call.stage
                 _logger.warning("%s: element %s was lost (%s) %s; its %s", stage, native, end, fate, ends.ending(log))
+
+    def _note_charge(self, array: Array, one: Element, end: End) -> None:
+        """Note what the scheduler charges for a lost element, or how long it was seen to run where nobody noted it."""
+        charge = end.charge or (None if one.latest else Charge(self._form.threads, one.ran_s))
+        if charge is not None:
+            job = element.job_of(one.latest or self._root / FOLDER / array.name / f"{one.place.number}.jsonl")
+            life = lifetime.Life(job, charge.cores, charge.seconds, charged=True)
+            lifetime.note_charge(self._root, f"charged-{job}", life)
 
     def _charge(self, array: Array, one: Element, name: str, posted: Posted, end: End) -> bool:
         """Charge the task that was running with a lost attempt, and post all that is left; return whether it is."""

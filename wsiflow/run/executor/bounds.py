@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor import jobs
-from wsiflow.run.executor.dialect import ArrayParams, megabytes
+from wsiflow.run.executor.dialect import ArrayParams, megabytes, minutes
 
 _logger = logging.getLogger(__name__)
 
@@ -105,14 +105,3 @@ def _partitions(
     if environ.get("SBATCH_PARTITION"):
         return environ["SBATCH_PARTITION"].split(",")
     return [*dict.fromkeys(row["partition"] or "" for row in rows if row.get("default"))]
-
-
-def minutes(text: str) -> float:
-    """Return a time limit in minutes: ``days-hours:minutes:seconds`` with any part of it, or ``infinite``."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if match is None:
-        return math.inf
-    days, first, second, third = (float(part or 0) for part in match.groups())
-    if match[1]:
-        return days * 1440 + first * 60 + second + third / 60
-    return first * 60 + second + third / 60 if match[4] else first + second / 60

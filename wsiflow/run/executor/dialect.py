@@ -5,6 +5,7 @@ and is run without a shell. An argument may contain placeholders. An argument th
 such as ``{extra}``, is replaced by all arguments of that list.
 """
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from wsiflow.redaction import redacted_list
 
 #: The causes that schedulers report for an element that ended without finishing its tasks. ``start``: it could not
 #: start for a reason that another try does not change, such as a folder or a command that is missing.
-CAUSES = ("start", "cancelled", "memory", "time", "node")
+#: ``preempted``: its cores were needed for other jobs.
+CAUSES = ("start", "cancelled", "memory", "time", "node", "preempted")
 
 #: What a site asks of jobs; the options for it are in the dialect.
 SITE_KEYS = (
@@ -47,6 +49,13 @@ class Given(NamedTuple):
     """What an element was given: memory in MB, and seconds."""
 
     memory_mb: int
+    seconds: float
+
+
+class Charge(NamedTuple):
+    """What an element is charged for: cores, and seconds."""
+
+    cores: int
     seconds: float
 
 
@@ -117,8 +126,11 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         default="", description="Pattern that finds peak, the memory that a killed element had, in what inspect prints."
     )
     elapsed: str = Field(default="", description="Pattern that finds seconds, how long it ran, in what inspect prints.")
+    charge: str = Field(
+        default="", description="Pattern that finds cores and seconds, what an element cost, in what inspect prints."
+    )
     blame: tuple[str, ...] = Field(
-        default=(), description="Command that tells who cancelled {job} and {index}, where there is one."
+        default=(), description="Command that tells who stopped {job} and {index}, and why, where there is one."
     )
     by: str = Field(default="", description="Pattern that finds user in what that command prints.")
     job_id: str = Field(description="Pattern that finds job in what submit prints.")
@@ -142,9 +154,9 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     )
     inspect: tuple[str, ...] = Field(description="Command that tells how an element ended, from {job} and {index}.")
     causes: Mapping[str, str] = Field(
-        description="Why an element ended (start, cancelled, memory, time, node), each with a pattern of its last "
-        "state (state=...), of the reason given for it (reason=...) or of what inspect prints; the first one that is "
-        "found counts."
+        description="Why an element ended (start, cancelled, memory, time, node, preempted), each with a pattern of "
+        "its last state (state=...), of the reason given for it (reason=...) or of what inspect prints; the first one "
+        "that is found counts."
     )
     cancel: tuple[str, ...] = Field(description="Command that cancels the list {jobs}.")
     limit: tuple[str, ...] = Field(description="Command that prints the longest array that is accepted.")
@@ -161,7 +173,7 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         return _compiled(value)
 
     @field_validator(
-        *("full", "wrong", "bound", "reason", "hopeless", "held", "lives", "words", "peak", "elapsed", "by")
+        *("full", "wrong", "bound", "reason", "hopeless", "held", "lives", "words", "peak", "elapsed", "charge", "by")
     )
     @classmethod
     def _is_new_pattern(cls, value: str) -> str:
@@ -269,6 +281,11 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
     def _elapsed_s(self, report: str) -> float | None:
         match = re.search(self.elapsed, report, re.MULTILINE) if self.elapsed else None
         return None if match is None else float(match["seconds"])
+
+    def charged(self, report: str) -> Charge | None:
+        """Return what the last start of an element is charged for; None where a report does not say it."""
+        found = [*re.finditer(self.charge, report, re.MULTILINE)] if self.charge else []
+        return Charge(int(found[-1]["cores"]), _seconds(found[-1]["seconds"])) if found else None
 
     def quoted(self, report: str) -> str:
         """Return what a report says of an element's end in the scheduler's own words; empty where it says nothing."""
@@ -452,6 +469,22 @@ def megabytes(text: str, unit: str = "") -> float:
     """Return a size such as ``1.5G`` in MB; without a unit it is in bytes, or in the given unit."""
     match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     return float(match[1]) * _UNITS[match[2].upper() or unit] if match else 0.0
+
+
+def _seconds(text: str) -> float:
+    """Return a duration in seconds: a number of them, or ``days-hours:minutes:seconds``."""
+    return 60 * minutes(text) if ":" in text else float(text)
+
+
+def minutes(text: str) -> float:
+    """Return a time limit in minutes: ``days-hours:minutes:seconds`` with any part of it, or ``infinite``."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        return math.inf
+    days, first, second, third = (float(part or 0) for part in match.groups())
+    if match[1]:
+        return days * 1440 + first * 60 + second + third / 60
+    return first * 60 + second + third / 60 if match[4] else first + second / 60
 
 
 def indices(tasks: str) -> Iterator[int]:

@@ -78,10 +78,11 @@ def run(table: Path) -> int:
         return 0
     limit_threads(job["threads"])  # before anything imports torch
     own = _Own(root, table.stem, index, pieces.Request(**job["request"]), job["idle_s"])
+    path = table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl"
     with (
-        lifetime.Recorder(root, threads=job["threads"]),
-        (table.with_suffix("") / f"{index}.{time.time_ns()}.jsonl").open("x", encoding="utf-8") as stream,
-        _warned(stream, began_s),
+        lifetime.Recorder(root, threads=job["threads"], job=job_of(path)) as life,
+        path.open("x", encoding="utf-8") as stream,
+        _warned(stream, began_s, life),
         ExitStack() as until_end,
     ):
         unfit = _unfit(job, until_end)
@@ -136,12 +137,13 @@ def _unfit(job: Mapping[str, Any], until_end: ExitStack) -> str:
 
 
 @contextmanager
-def _warned(stream: IO[str], began_s: float) -> Iterator[None]:
+def _warned(stream: IO[str], began_s: float, life: lifetime.Recorder) -> Iterator[None]:
     """End at once where the scheduler announces that it is about to kill this element, and record that it did."""
 
     def end(_number: int, _frame: object) -> None:
         line = json.dumps({"warned_s": round(time.monotonic() - began_s, 1)})
         os.write(stream.fileno(), f"\n{line}\n".encode())  # the stream itself may be in the middle of a line
+        life.end()
         os._exit(128 + _WARNING)
 
     before = signal.signal(_WARNING, end)
@@ -231,6 +233,11 @@ def variables(environ: Mapping[str, str], more: Iterable[str] = ()) -> list[str]
 def starter() -> list[str]:
     """Return the command that starts an element with this Python; the path of the table is its last argument."""
     return [sys.executable, "-m", "wsiflow.flows", "element"]
+
+
+def job_of(path: Path) -> str:
+    """Return the name by which the bill knows an attempt of an element, from the file that the attempt writes."""
+    return f"{path.parent.name}.{path.stem}"
 
 
 def dotted(work: Work) -> str:

@@ -6,6 +6,7 @@ What ended for another cause is tried again as often as the settings say, except
 
 import logging
 import pwd
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from wsiflow.errors import EnvironmentFault
 from wsiflow.run.executor import jobs
 from wsiflow.run.executor.bounds import Bounds
-from wsiflow.run.executor.dialect import ArrayParams, Given, Seen, expand
+from wsiflow.run.executor.dialect import ArrayParams, Charge, Given, Seen, expand
 from wsiflow.run.executor.pieces import Request, Tries
 from wsiflow.system import faults
 
@@ -32,6 +33,7 @@ _IN_WORDS = {
     "memory": "lack of memory",
     "time": "its time limit",
     "node": "its node",
+    "preempted": "preemption by other jobs",
     "killed": "an unknown cause",
     "lost": "an unknown cause, of which the scheduler knows nothing",
 }
@@ -43,10 +45,12 @@ class End(NamedTuple):
     Attributes:
         cause: One of `wsiflow.run.executor.dialect.CAUSES`, ``killed`` or ``lost``.
         words: What the scheduler, or the element itself, says of it; empty where nobody says anything.
+        charge: What the scheduler charges for it; None where it was not asked or does not say.
     """
 
     cause: str
     words: str = ""
+    charge: Charge | None = None
 
     def __str__(self) -> str:
         """Return both in a few words."""
@@ -79,6 +83,8 @@ class Requests:
             cause: Why it was lost.
             had: What the element had that was lost.
         """
+        if cause == "preempted":  # as often as it happens: neither the task nor the node has done anything wrong
+            return tries
         if cause not in _GROWING:
             again = tries.after(cause)
             is_last = cause in {"cancelled", "start"} or again.lost - again.memory - again.time > self._params.retries
@@ -129,13 +135,14 @@ def of_element(params: ArrayParams, seen: Seen, place: Mapping[str, object], req
         is_late = told.warned_s >= 0.8 * given.seconds
         return End("time" if is_late else "cancelled", f"ended by {dialect.name} after {told.warned_s:.0f} s")
     report = report_of(params, place)
+    charge = dialect.charged(report)
     cause = dialect.cause(seen.state, report, began=told.began, reason=seen.reason, given=given)
     if cause in {"killed", "lost", "start"} and faults.tells_of_memory(told.last_line):
-        return End("memory", told.last_line)
+        return End("memory", told.last_line, charge)
     words = seen.reason if dialect.is_stuck(seen.state) else dialect.quoted(report)
     if cause == "cancelled" and (who := _who_cancelled(params, place)):
         words = ", ".join(filter(None, (f"by {who}", words)))
-    return End(cause, words)
+    return End(cause, words, charge)
 
 
 class Told(NamedTuple):
@@ -171,17 +178,28 @@ def _tell_of_accounts(command: str, words: str) -> None:
     _logger.warning("%s cannot tell how elements end, which is known from their logs alone: %s", command, words)
 
 
+def why_requeued(params: ArrayParams, place: Mapping[str, object]) -> str:
+    """Return why an element that ran waits again: ``preempted``, or ``node`` where nobody says that."""
+    states = "".join(f"state={state}\n" for state in _accounts(params, place).split()[-1:])
+    pattern = params.dialect.causes.get("preempted")
+    return "preempted" if pattern and re.search(pattern, states, re.MULTILINE) else "node"
+
+
 def _who_cancelled(params: ArrayParams, place: Mapping[str, object]) -> str:
     """Return the name of the user who cancelled an element; empty where nobody knows."""
-    dialect = params.dialect
-    if not dialect.blame:
+    user = jobs.found(params.dialect.by, _accounts(params, place), "user")
+    with suppress(ValueError, KeyError):
+        return pwd.getpwuid(int(user)).pw_name
+    return user
+
+
+def _accounts(params: ArrayParams, place: Mapping[str, object]) -> str:
+    """Return what a scheduler's accounts say of the starts of an element; empty where there are none."""
+    if not params.dialect.blame:
         return ""
     with suppress(EnvironmentFault):
-        answer = jobs.call(expand(dialect.blame, place))
-        user = jobs.found(dialect.by, "" if answer.returncode else answer.stdout, "user")
-        with suppress(ValueError, KeyError):
-            return pwd.getpwuid(int(user)).pw_name
-        return user
+        answer = jobs.call(expand(params.dialect.blame, place))
+        return "" if answer.returncode else answer.stdout
     return ""
 
 

@@ -229,6 +229,11 @@ def cancel(root: Path) -> list[str]:
     return sentences + drop_open(log, dialect)
 
 
+def may_be_left(root: Path) -> str:
+    """Return what is to be said where it is not known whether a run's jobs were cancelled."""
+    return f"jobs may still be in the queue, end them with wsiflow cancel {root}"
+
+
 def await_submissions(log: JobLog) -> None:
     """Wait a moment until arrays that are being submitted have ids; they may not be in the queue before."""
     end = time.monotonic() + _SUBMISSION_S

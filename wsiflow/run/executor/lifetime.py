@@ -2,7 +2,9 @@
 
 Each worker has a small file in the folder ``workers`` of the run. It writes the file anew every few seconds, with the
 seconds since the start of its job, so that the life of a worker that is killed is known too, but for the last of them:
-two seconds of a short life, a two-hundredth of a long one, since thousands of workers write to one disk.
+half a second of a short life, a two-hundredth of a long one, since thousands of workers write to one disk. The driver
+adds a file for an element of an array that was lost, with what the scheduler says of it: that counts instead of the
+element's own file, which it has none of where it died before Python started.
 """
 
 import json
@@ -15,12 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from wsiflow.system import processes
+from wsiflow.errors import EnvironmentFault
+from wsiflow.system import processes, publish
 from wsiflow.system.machine import job_cores
 from wsiflow.system.usage import now
 
 FOLDER = "workers"
-_PULSE_S, _LAST_PULSE_S = 2.0, 0.5  # the second in a worker that is about to be ended
+_PULSE_S = 0.5
 _PULSE_SHARE = 1 / 200  # of the life so far
 
 
@@ -31,31 +34,35 @@ class Life(NamedTuple):
         job: Name of the scheduler's job it is a part of; its own name where there is none.
         cores: Number of cores of the job, or of the worker where there is no job.
         lived_s: Seconds since the start of the job, or of the worker.
+        charged: Whether this is what the scheduler says of the job.
     """
 
     job: str
     cores: int
     lived_s: float
+    charged: bool = False
 
 
 class Recorder:
     """Records the life of this process in a run's folder until it ends; a failure to do so harms nothing."""
 
-    def __init__(self, root: Path, *, threads: int, lent: bool = False) -> None:
+    def __init__(self, root: Path, *, threads: int, job: str = "", lent: bool = False) -> None:
         """Begin to record.
 
         Args:
             root: The run's folder.
             threads: Number of cores that are charged where no scheduler names a number.
+            job: Name by which the driver knows the job; empty for the scheduler's own.
             lent: Whether the worker, or its job, was there before the run: then only what the run uses of it is
                 recorded.
         """
-        who, job = processes.current(), "" if lent else job_name()
+        who, own = processes.current(), "" if lent else job_name()
         name = "-".join((*map(str, who), uuid.uuid4().hex[:8]))
-        cores = (job_cores(os.environ) if job else None) or threads
-        self._facts = json.dumps({"job": job or name, "cores": cores, "host": who.host, "pid": who.pid, "since": now()})
-        self._earlier_s = 0.0 if lent else processes.age_s(of_session=bool(job))
-        self._began_s, self._lock = processes.clock_s(), threading.Lock()
+        cores = (job_cores(os.environ) if own else None) or threads
+        facts = {"job": job or own or name, "cores": cores, "host": who.host, "pid": who.pid, "since": now()}
+        self._facts = json.dumps(facts)
+        self._earlier_s = 0.0 if lent else processes.age_s(of_session=bool(own))
+        self._began_s, self._lock = processes.clock_s(), threading.RLock()  # a handler of a signal may end it
         self._ended, self._ends_soon = threading.Event(), threading.Event()
         self._file: int | None = None
         path = root / FOLDER / f"{name}.json"
@@ -91,7 +98,7 @@ class Recorder:
     def _pulse(self) -> None:
         while not self._ends_soon.wait(max(_PULSE_S, _PULSE_SHARE * self._lived_s())):
             self._write()
-        while not self._ended.wait(_LAST_PULSE_S):
+        while not self._ended.wait(_PULSE_S):
             self._write()
 
     def _lived_s(self) -> float:
@@ -105,22 +112,28 @@ class Recorder:
                 os.pwrite(self._file, text.encode(), 0)
 
 
+def note_charge(root: Path, name: str, life: Life) -> None:
+    """Note what the scheduler says of a job, under a unique name; a failure to do so harms nothing."""
+    with suppress(EnvironmentFault):
+        publish.write_view(root, f"{FOLDER}/{name}.json", json.dumps(life._asdict()).encode())
+
+
 def read(root: Path) -> list[Life]:
     """Return the lives of the workers that have recorded theirs in a run's folder."""
     lives = []
     for path in (root / FOLDER).glob("*.json"):
         with suppress(OSError, ValueError):  # it has just been created
             line = json.loads(path.read_text(encoding="utf-8"))
-            lives.append(Life(line["job"], line["cores"], line["lived_s"]))
+            lives.append(Life(line["job"], line["cores"], line["lived_s"], line.get("charged", False)))
     return lives
 
 
 def allocated_core_s(lives: Sequence[Life]) -> float:
     """Return the core-seconds that were allocated to workers; several of one job share its cores."""
-    jobs: dict[str, float] = {}
+    jobs: dict[str, tuple[bool, float]] = {}
     for life in lives:
-        jobs[life.job] = max(jobs.get(life.job, 0.0), life.cores * life.lived_s)
-    return math.fsum(jobs.values())
+        jobs[life.job] = max(jobs.get(life.job, (False, 0.0)), (life.charged, life.cores * life.lived_s))
+    return math.fsum(core_s for _, core_s in jobs.values())
 
 
 def job_name(environ: Mapping[str, str] = os.environ) -> str:

@@ -173,7 +173,10 @@ class Queue:
         return [Place(name, base + i) for i in range(size)]
 
 
-_REQUEUED = EnvironmentFault("its element was requeued by the scheduler", "nothing to do: it starts again").failure
+_REQUEUED = {
+    "node": "its element was requeued by the scheduler",
+    "preempted": "its element was preempted by other jobs, and requeued",
+}
 
 
 class _File(NamedTuple):
@@ -199,6 +202,8 @@ class Element:
         self.place = place
         self.seen = Seen("", "")
         self.gone_since: float | None = None
+        self.running_since: float | None = None
+        self.requeued_for = "node"  # why the scheduler stopped it when it last did so to start it again
         self.taken: dict[str, Piece] = {}  # by name
         self._files: dict[Path, _File] = {}
 
@@ -206,6 +211,18 @@ class Element:
     def began(self) -> bool:
         """Whether any attempt has written a file."""
         return bool(self._files)
+
+    @property
+    def latest(self) -> Path | None:
+        """The file of the latest attempt; None where none has written one."""
+        return max(self._files, default=None)
+
+    @property
+    def ran_s(self) -> float:
+        """For how many seconds the queue listed it as running, before it was gone."""
+        if self.gone_since is None or self.running_since is None:
+            return 0.0
+        return self.gone_since - self.running_since
 
     @property
     def ended(self) -> bool:
@@ -221,8 +238,9 @@ class Element:
             piece, running = self.running()
             if path not in self._files and running is not None:  # the scheduler requeued and restarted the element
                 _logger.warning("element %d of %s was restarted by its scheduler", self.place.number, self.place.name)
-                usage = {**self.about(), "exit_class": "node"}
-                yield piece, Outcome(running, None, executed=True, failure=_REQUEUED, usage=usage, retried=True)
+                fault = EnvironmentFault(_REQUEUED[self.requeued_for], "nothing to do: it starts again")
+                usage = {**self.about(), "exit_class": self.requeued_for}
+                yield piece, Outcome(running, None, executed=True, failure=fault.failure, usage=usage, retried=True)
             file = self._files.get(path, _File())
             with path.open("rb") as stream:
                 stream.seek(file.offset)
