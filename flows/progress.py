@@ -1,21 +1,25 @@
 """Show how far a run is while it runs.
 
 A terminal shows a display that is drawn anew every second, other outputs get a line on standard error every half a
-minute. One thread reads the run's folder, and the less often the longer that takes.
+minute. One thread reads the run's folder, and the less often the longer that takes. A view that waits for a server has
+a thread of its own, in which it shows the latest snapshot, so that nothing else waits for the server.
 """
 
 import contextvars
+import logging
 import math
 import os
+import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from wsiflow.errors import InputError, WsiflowError
+from wsiflow.errors import InputError
 from wsiflow.run.progress import Follower, Snapshot
 
 from . import logs, stopping, sweep, terminal
@@ -31,8 +35,12 @@ _LINE_S = 30.0
 _DISPLAY_S = 1.0
 _EARLY_S = 1.0  # from one try to the next where the slides are not listed yet
 _SHARE = 0.05  # of the time of one core that reading the folder may take
+_LONGEST_PAUSE_S = 60.0  # all the same: on a busy machine reading takes long without costing much
 _PATIENCE_S = 10.0  # for a server that is sent the last snapshot
 _BAR_CHARS = 32
+
+_logger = logging.getLogger(__name__)
+_Returned = TypeVar("_Returned")
 
 
 class View(Protocol):
@@ -51,10 +59,6 @@ class View(Protocol):
         """Show a snapshot."""
         ...
 
-    def close(self) -> None:
-        """Show nothing more; any thread may call this, more than once."""
-        ...
-
 
 def interval_s() -> float:
     """Return the seconds from one line to the next, or 0 where no progress is shown.
@@ -71,26 +75,27 @@ def interval_s() -> float:
 
 
 @contextmanager
-def shown(root: Path, more: Sequence[View] = ()) -> Iterator[None]:
+def shown(root: Path, pages: Sequence[View] = ()) -> Iterator[None]:
     """Show how far the run in a folder is, as long as the body runs.
 
     Args:
         root: The run's folder.
-        more: Views besides those of the user.
+        pages: Views besides those of the user, which may be slow.
     """
-    views = [*_user_views(root), *more] if interval_s() else []
-    if not views:
+    of_user = _user_views(root) if interval_s() else []
+    of_pages = [_Page(page) for page in pages] if interval_s() else []
+    if not of_user + of_pages:
         yield
         return
     ended = threading.Event()
-    # Prefect finds the flow run, and the address of its server, in the context.
-    context = contextvars.copy_context()
     thread = threading.Thread(
-        target=context.run, args=(_follow, Follower(root), views, ended), daemon=True, name="progress"
+        target=_follow, args=(Follower(root), [*of_user, *of_pages], ended), daemon=True, name="progress"
     )
     with ExitStack() as stack:
+        for page in of_pages:
+            stack.callback(page.finish)
         stack.callback(thread.join, _PATIENCE_S)
-        for view in views:
+        for view in of_user:
             stack.enter_context(stopping.at_stop(view.close))
             stack.callback(view.close)
         stack.callback(ended.set)
@@ -98,7 +103,7 @@ def shown(root: Path, more: Sequence[View] = ()) -> Iterator[None]:
         yield
 
 
-def _user_views(root: Path) -> list[View]:
+def _user_views(root: Path) -> "list[_Lines | _Display]":
     """Return the views for the user who started the command."""
     if logs.is_quiet():
         return []
@@ -116,21 +121,60 @@ def _follow(follower: Follower, views: Sequence[View], ended: threading.Event) -
     pause_s = 0.0
     while not ended.wait(max(pause_s, min(due.values()) - time.monotonic())):
         start_s = time.monotonic()
+        snapshot = _tried(follower.snapshot)
+        pause_s = min((time.monotonic() - start_s) / _SHARE, _LONGEST_PAUSE_S)
         waiting = [view for view in views if due[id(view)] <= start_s]
-        is_early = not _show(follower, waiting)
+        _show(snapshot, waiting)
+        is_early = snapshot is None
         due |= {id(one): start_s + min(one.interval_s, _EARLY_S if is_early else math.inf) for one in waiting}
-        pause_s = (time.monotonic() - start_s) / _SHARE
-    _show(follower, [view for view in views if view.shows_end])
+    at_end = [view for view in views if view.shows_end]
+    if at_end:
+        _show(_tried(follower.snapshot), at_end)
 
 
-def _show(follower: Follower, views: Sequence[View]) -> bool:
-    """Show a snapshot in some views, and tell whether there was one to show."""
-    with suppress(OSError, ValueError, WsiflowError):  # a disk that is away for a while, a terminal that is gone
-        if views and (snapshot := follower.snapshot()) is not None:
-            for view in views:
-                view.show(snapshot)
-            return True
-    return False
+def _show(snapshot: Snapshot | None, views: Sequence[View]) -> None:
+    if snapshot is not None:
+        for view in views:
+            _tried(partial(view.show, snapshot))
+
+
+def _tried(call: Callable[[], _Returned]) -> _Returned | None:
+    """Call a function, and return None where it fails: the next snapshot is shown all the same."""
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - a disk that is away for a while, a terminal that is gone, a server's words
+        _logger.debug("progress is not shown: %s: %s", type(error).__name__, error)
+        return None
+
+
+class _Page:
+    """A view that shows the latest snapshot in another view, which may be slow, in a thread of its own."""
+
+    def __init__(self, view: View) -> None:
+        self.first_s, self.interval_s, self.shows_end = view.first_s, view.interval_s, view.shows_end
+        self._view = view
+        self._given = queue.SimpleQueue[Snapshot | None]()
+        # Prefect finds the flow run, and the address of its server, in the context.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._work,), daemon=True, name="page")
+        self._thread.start()
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._given.put(snapshot)
+
+    def finish(self) -> None:
+        """Wait until the last snapshot is shown, but not for ever."""
+        self._given.put(None)
+        self._thread.join(_PATIENCE_S)
+
+    def _work(self) -> None:
+        given: list[Snapshot | None] = []
+        while None not in given:
+            given = [self._given.get()]
+            while not self._given.empty():
+                given.append(self._given.get())
+            latest = [snapshot for snapshot in given if snapshot is not None]
+            _show(latest[-1] if latest else None, [self._view])
 
 
 class _Lines:

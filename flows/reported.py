@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from pathlib import PurePath
 from typing import cast
 from uuid import UUID
@@ -113,7 +114,10 @@ class PageView:
         self._artifact: UUID | None = None
 
     def show(self, snapshot: Snapshot) -> None:
-        """Create the artifact, or update it; a server that does not answer gets the next snapshot."""
+        """Create the artifact, or update it; a server that does not answer gets the next snapshot.
+
+        An artifact that somebody has deleted is created again.
+        """
         percent, text = round(100 * snapshot.share, 1), snapshot.as_text()
         try:
             with temporary_settings(_IMPATIENT):
@@ -121,8 +125,7 @@ class PageView:
                     self._artifact = cast("UUID", create_progress_artifact(percent, key=self._key, description=text))
                 else:
                     update_progress_artifact(self._artifact, percent, description=text)
-        except (httpx.HTTPError, RuntimeError):
-            return
-
-    def close(self) -> None:
-        """Leave the last snapshot on the page."""
+        except (httpx.HTTPError, RuntimeError) as error:
+            response = getattr(error, "response", None)
+            if response is not None and response.status_code == HTTPStatus.NOT_FOUND:
+                self._artifact = None

@@ -396,8 +396,12 @@ def claim_own(root: Path, overrides: Sequence[str]) -> None:
 
 def _swept(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a trial that differ from trial to trial."""
-    common = _parsed(_shared()["overrides"])
-    swept = [text for text, parsed in zip(overrides, _parsed(overrides), strict=True) if parsed not in common]
+    typed = dict(_parsed(_shared()["overrides"]))  # of a key that was typed twice the last one counts
+    swept = [
+        text
+        for text, (key, value) in zip(overrides, _parsed(overrides), strict=True)
+        if key not in typed or typed[key] != value
+    ]
     if any(text.startswith("out=") for text in swept):
         _refuse_out()
     return swept

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,25 @@ class Watching:
     def show(self, snapshot: Snapshot) -> None:
         self.seen.append(snapshot)
 
-    def close(self) -> None:
-        """Nothing to end."""
+
+class Slow(Watching):
+    """The page of a server that takes the first snapshot late, and refuses the second."""
+
+    first_s, interval_s = 0.0, 0.01
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = threading.Event()
+
+    def show(self, snapshot: Snapshot) -> None:
+        assert self.answers.wait(PATIENCE_S)
+        super().show(snapshot)
+        if len(self.seen) == 2:
+            raise KeyError("of a server's answer")
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "progress"]
+    return [thread.name for thread in threading.enumerate() if thread.name in {"progress", "page"}]
 
 
 def test_a_log_has_a_line_now_and_then(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +64,26 @@ def test_a_log_has_a_line_now_and_then(finished: Path, monkeypatch: pytest.Monke
     assert shown_lines == [expected.as_text()] * 2
     assert threads() == []
     assert other.seen == [expected]
+
+
+def test_nobody_waits_for_a_slow_page(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines come while a server does not answer; what it missed it is not sent, and an error ends nothing."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr(terminal, "remark", lines.put)
+    monkeypatch.setenv(progress.VARIABLE, "0.01")
+    monkeypatch.setattr(progress, "_SHARE", 1.0)  # so that no pause follows from a busy machine
+    page, expected = Slow(), Follower(finished).snapshot()
+    with progress.shown(finished, [page]):
+        texts = [lines.get(timeout=PATIENCE_S) for _ in range(4)]
+        assert page.seen == []
+        page.answers.set()
+        end_s = time.monotonic() + PATIENCE_S
+        while len(page.seen) < 3 and time.monotonic() < end_s:
+            time.sleep(0.01)
+    assert expected is not None
+    assert texts == [expected.as_text()] * 4
+    assert len(page.seen) > 2
+    assert threads() == []
 
 
 @pytest.mark.parametrize("quiet", ["by its option", "by its interval"])

@@ -243,6 +243,13 @@ def test_a_single_trial_is_named_by_its_settings(monkeypatch) -> None:
     assert sweeps._name_of_job([], ["dataset=manifest"]) == ""
 
 
+def test_of_a_key_that_was_typed_twice_the_last_one_names_trials(monkeypatch) -> None:
+    """A value that is swept names its trial though the same was given before for the whole sweep."""
+    typed = ["seed=1", "inference.stride=112", "inference.stride=112,224"]
+    monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps({"alike": [], "overrides": typed}))
+    assert sweeps.trial_name(["seed=1", "inference.stride=112"]) == "inference.stride=112"
+
+
 def test_a_cpu_without_bfloat16_skips_trials_that_need_it(monkeypatch) -> None:
     """The trial is not started, unless other machines run it."""
     monkeypatch.setattr(sweeps, "cpu_supports_bf16", lambda: False)

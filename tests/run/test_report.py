@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -404,3 +406,24 @@ def test_hits_false_positives_and_ignored_detections_are_told_apart() -> None:
     assert matched.best[0] == told["regions"][0]["best"]
     unknown = findings.describe(findings.Regions(slide, tumour, {}), counts=False)
     assert {row[3] for row in unknown["detections"]} == {""}
+
+
+def test_figures_are_drawn_while_another_thread_imports_ipython(tmp_path: Path) -> None:
+    """As MLflow's thread does at its first request to a server; matplotlib asks even half a module for its version."""
+    module = (
+        "import sys, time\nsys.draws.wait()\ntime.sleep(1)\nversion_info = (9, 0)\ndef get_ipython(): return None\n"
+    )
+    (tmp_path / "IPython.py").write_text(module)
+    program = """
+import sys, threading
+import matplotlib.backends.backend_agg, matplotlib.figure
+from wsiflow.run.results import page
+sys.path.insert(0, sys.argv[1])
+sys.draws = threading.Event()
+threading.Thread(target=__import__, args=("IPython",)).start()
+while "IPython" not in sys.modules: pass
+sys.draws.set()
+sys.stdout.buffer.write(page.picture(page.axes("x", "y")[0]))
+"""
+    drawn = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=False)
+    assert drawn.stdout[:4] == b"\x89PNG", drawn.stderr.decode()

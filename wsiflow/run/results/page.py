@@ -5,7 +5,9 @@ same input gives the same text and, with the same version of matplotlib, the sam
 """
 
 import base64
+import importlib
 import io
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
@@ -86,6 +88,7 @@ def axes(x: str, y: str, *, size_in: tuple[float, float] = (5, 4)) -> tuple[Any,
     """Return a new matplotlib figure and its axes with the labels ``x`` and ``y``."""
     from matplotlib.figure import Figure
 
+    _wait_for_ipython()
     figure = Figure(figsize=size_in, dpi=160, layout="constrained")
     return figure, plain(figure.add_subplot(), x, y)
 
@@ -147,12 +150,22 @@ def picture(figure: Any, kind: Literal["png", "svg"] = "png") -> bytes:
     """Return a figure as the bytes of a PNG or SVG file."""
     from matplotlib import rc_context
 
+    _wait_for_ipython()
     out = io.BytesIO()
     # Version, date and random names are left out, so that the same figure has the same bytes.
     bare: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
     with rc_context({"svg.hashsalt": "wsiflow"}):
         figure.savefig(out, format=kind, metadata=bare)
     return out.getvalue()
+
+
+def _wait_for_ipython() -> None:
+    """Wait for another thread that imports IPython, whose version a new figure asks for even while it has none.
+
+    MLflow imports it, where it is installed, at its first request to a server.
+    """
+    if "IPython" in sys.modules:
+        importlib.import_module("IPython")
 
 
 STYLE = """
