@@ -111,6 +111,15 @@ class Tab:
         seen.quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
         return np.array(seen)
 
+    def pdf(self) -> bytes:
+        """Return what is printed, as PDF."""
+        return base64.b64decode(self._ask("Page.printToPDF", printBackground=True)["data"])
+
+    def press_key(self, key: str, code: int) -> None:
+        """Press and release a key, given its name and its number, as a keyboard does."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self._ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
     def keep(self, name: str, folder: Path) -> NDArray[np.uint8]:
         """Save what is seen as a small PNG in a folder, or in docs/ where `DOCUMENT` is set, and return it."""
         return self.picture((DOCS if os.environ.get(DOCUMENT) else folder) / name)

@@ -232,6 +232,65 @@ def test_a_report_is_looked_at(finished: Path, tab: browser.Tab, tmp_path: Path)
     pressed(tab, "j")
     at_rest(tab, "normal_001")
     assert tab.value("location.hash") == "#slide=normal_001"
+    tab.wait(SMALL)
+
+
+NOTE_SHEETS = """window.addEventListener('beforeprint', () => { window.sheets =
+    [...document.querySelectorAll('.wsv-sheet')].map(sheet => { const canvas = sheet.querySelector('canvas');
+        const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+        const has = (...rgb) => data.some((_, i) => i % 4 === 0 && rgb.every((value, k) => data[i + k] === value));
+        return {text: sheet.innerText, hit: has(0, 162, 107), miss: has(255, 59, 48), fp: has(255, 176, 0)} }) })"""
+
+
+@needs_browser
+def test_a_report_is_printed(finished: Path, tab: browser.Tab) -> None:
+    """Each slide of the list has a page with its picture, its outlines and its findings, at the confidence chosen."""
+    tab.open(f"file://{finished}/report.html")
+    at_rest(tab, "tumor_002")
+    tab.wait(
+        "wsiflow.printed.images.size === 6 && [...wsiflow.printed.images.values()].every(({picture, heat}) =>"
+        " picture.complete && heat.complete)"
+    )
+    tab.value(NOTE_SHEETS)
+    assert tab.pdf().count(b"/Type /Page\n") > 8
+    sheets = {sheet["text"].split()[0]: sheet for sheet in tab.value("sheets")}
+    assert list(sheets)[:2] == ["tumor_002", "normal_001"]
+    assert len(sheets) == 6
+    assert "False positives, triangles (1)False positive: confidence 0.8" in sheets["tumor_002"]["text"]
+    found = sheets["tumor_001"]
+    assert (found["hit"], found["miss"], found["fp"]) == (True, False, False)
+    assert tab.value("document.querySelectorAll('.wsv-sheet').length") == 0, "they are there while it is printed"
+    moved(tab, "least", 0.9999)
+    tab.pdf()
+    missed = next(sheet for sheet in tab.value("sheets") if sheet["text"].startswith("tumor_001"))
+    assert (missed["hit"], missed["miss"]) == (False, True)
+    assert "Detections from 1.00." in missed["text"]
+
+
+ACTIVE = "document.activeElement.innerText || document.activeElement.ariaLabel"
+
+
+@needs_browser
+def test_the_keyboard_is_enough(finished: Path, tab: browser.Tab) -> None:
+    """The list of slides is one stop of the tab key, in which arrows choose; what has the focus has a frame."""
+    tab.open(f"file://{finished}/report.html")
+    at_rest(tab, "tumor_002")
+    tab.value("document.querySelector('input[type=search]').focus()")
+    seen = []
+    for _ in range(4):
+        tab.press_key("Tab", 9)
+        seen.append(tab.value(ACTIVE))
+        assert tab.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        if len(seen) == 2:
+            tab.press_key("ArrowDown", 40)
+            at_rest(tab, "normal_001")
+            assert tab.value(ACTIVE).startswith("normal_001")
+    assert seen[1].startswith("tumor_002")
+    assert seen[2].startswith("normal_001: picture")
+    assert seen[3] == "Whole slide"
+
+
+SMALL = "[...document.querySelectorAll('.wsv-small')].every(image => image.complete && image.naturalWidth > 30)"
 
 
 @needs_browser
@@ -241,6 +300,7 @@ def test_a_real_slide_is_viewed(real: Path, tab: browser.Tab, tmp_path: Path) ->
         tab.open(viewer.link)
         at_rest(tab, "CMU-1-Small-Region")
         tab.wait_for("CMU-1-Small-Region", "no truth")
+        tab.wait(SMALL)
         tab.value(ONLY_MAP)
         moved(tab, "opacity", 0)
         tab.value(TO_WHOLE_PIXELS)

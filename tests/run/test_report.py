@@ -22,6 +22,7 @@ from wsiflow.evaluation import findings, froc
 from wsiflow.plan import outline
 from wsiflow.run.plan import latest_plan
 from wsiflow.run.results import cost, report, shown
+from wsiflow.slides.annotations import Outline, TruthOutlines, tumour_mask
 
 CURVE = {"fp_per_slide": [3.0, 1.0, 0.0, 0.0], "sensitivity": [0.8, 0.6, 0.4, 0.0]}
 NO_CURVE: dict[str, list[float]] = {"fp_per_slide": [], "sensitivity": []}
@@ -427,3 +428,20 @@ sys.stdout.buffer.write(page.picture(page.axes("x", "y")[0]))
 """
     drawn = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, check=False)
     assert drawn.stdout[:4] == b"\x89PNG", drawn.stderr.decode()
+
+
+def test_outlines_are_shown_as_they_were_drawn() -> None:
+    """Each ring belongs to the region that it encloses, holes too; what nothing was drawn of has the mask's outline."""
+    drawn = np.array([(330.0, 325.0), (945.0, 333.0), (951.0, 950.0), (321.0, 947.0)])
+    hole = np.array([(500.0, 505.0), (610.0, 500.0), (555.0, 640.0)])
+    outlines = TruthOutlines(tumour=(Outline("a", "", drawn, (hole,)),))
+    mask = tumour_mask(outlines, (60, 60))
+    mask[50:53, 50:53] = True  # as a mask image would have it, with no outline
+    lesions = froc.evaluation_mask(mask, 10.0, join_um=20.0, itc_um=0.0)
+    slide = froc.SlideFindings("a", lesions, np.empty((0, 3)), 32, None)
+    first, second = findings.describe(findings.Regions(slide, mask, {}, outlines), counts=True)["regions"]
+    for ring, given in zip(first["rings"], (drawn, hole), strict=True):
+        assert {*map(tuple, np.reshape(ring, (-1, 2)).tolist())} == {*map(tuple, given.tolist())}
+    assert np.reshape(second["rings"][0], (-1, 2)).min(axis=0).tolist() == pytest.approx([1600, 1600], abs=17)
+    page = shown.within_page({"width": 90_000, "height": 9, "detections": [], "regions": [first]})
+    assert {*page["regions"][0]["rings"][1]} == {*first["rings"][1]}

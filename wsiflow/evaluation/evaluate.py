@@ -370,10 +370,9 @@ def match_slide(one: Evidence, params: EvaluationParams) -> MatchedSlide:
         major_axis_um=matches.major_axis_um.tolist() if in_froc and matches.major_axis_um is not None else [],
         false_positives=matches.false_positives.tolist() if in_froc else [],
     )
-    annotated = one.truth.tumour if one.truth is not None else None
-    shown = findings.describe(
-        findings.Regions(slide, annotated, looked_at.missed if looked_at is not None else {}), counts=in_froc
-    )
+    annotated, drawn = (one.truth.tumour, one.truth.drawn) if one.truth is not None else (None, None)
+    missed_for = looked_at.missed if looked_at is not None else {}
+    shown = findings.describe(findings.Regions(slide, annotated, missed_for, drawn), counts=in_froc)
     return MatchedSlide(row, record, one.patient_id, shown, looked_at, is_empty)
 
 

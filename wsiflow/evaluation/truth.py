@@ -41,6 +41,7 @@ class Truth:
             positives; None where nothing is ignored.
         tumour: bool (rows, cols), what was annotated, before regions were joined; None where it is not kept.
         m_um_px: Side of a pixel of these masks, um.
+        drawn: The outlines, where the truth is given as outlines; None where it is a mask image.
     """
 
     lesions: LesionMask
@@ -48,6 +49,7 @@ class Truth:
     ignored: NDArray[np.bool_] | None = None
     tumour: NDArray[np.bool_] | None = None
     m_um_px: float = 1.0
+    drawn: TruthOutlines | None = None
 
 
 class Marks(NamedTuple):
@@ -58,12 +60,14 @@ class Marks(NamedTuple):
         m_um_px: Side of its pixels in um.
         note: See `Truth`.
         ignored: See `Truth`.
+        drawn: See `Truth`.
     """
 
     tumour: NDArray[np.bool_]
     m_um_px: float
     note: str = ""
     ignored: NDArray[np.bool_] | None = None
+    drawn: TruthOutlines | None = None
 
 
 def planned_truth(planned: SlidePlan, case: Case, params: EvaluationParams) -> Truth | None:
@@ -124,7 +128,8 @@ def as_truth(marks: Marks | None, params: EvaluationParams) -> Truth | None:
     """Return annotated tumour as the regions that the protocol counts; None where nothing is annotated."""
     if marks is None:
         return None
-    return Truth(_regions(marks.tumour, marks.m_um_px, params), marks.note, marks.ignored, marks.tumour, marks.m_um_px)
+    lesions = _regions(marks.tumour, marks.m_um_px, params)
+    return Truth(lesions, marks.note, marks.ignored, marks.tumour, marks.m_um_px, marks.drawn)
 
 
 def check_truth(case: Case, params: EvaluationParams, place: SlidePlace) -> Marks | None:
@@ -255,7 +260,7 @@ def _drawn(
     ignored = None
     if outline.ignored:
         ignored = annotations.painted(outline.ignored, shape, downsample=params.downsample)
-    return Marks(tumour, m_um_px, "; ".join(filter(None, (outline.note, *remarks))), ignored)
+    return Marks(tumour, m_um_px, "; ".join(filter(None, (outline.note, *remarks))), ignored, outline)
 
 
 def _outlines(

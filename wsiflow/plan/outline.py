@@ -69,13 +69,13 @@ def simplified_rings(mask: NDArray[np.bool_], *, tolerance_px: float) -> list[Ri
     Returns:
         float64 (n, 2) each, x, y in mask pixels, of outer rings and holes; the first point is not repeated at the end.
     """
-    lines = [_midpoints(ring) for rings in polygons(mask)[1] for ring in rings]
-    simple = (
-        cv2.approxPolyDP(line.astype(np.float32), tolerance_px, closed=True).reshape(-1, 2).astype(np.float64)
-        for line in lines
-    )
-    # What is as small as the tolerance would shrink to a line.
-    return [few if len(few) > 2 else line for few, line in zip(simple, lines, strict=True)]
+    return [thinned(_midpoints(ring), tolerance_px) for rings in polygons(mask)[1] for ring in rings]
+
+
+def thinned(ring: Ring, tolerance: float) -> Ring:
+    """Return a ring, float64 (n, 2) of x, y, without the points that lie nearer than a tolerance to what is left."""
+    few = cv2.approxPolyDP(ring.astype(np.float32), tolerance, closed=True).reshape(-1, 2).astype(np.float64)
+    return few if len(few) > 2 else ring  # what is as small as the tolerance would shrink to a line
 
 
 def _midpoints(ring: Ring) -> Ring:

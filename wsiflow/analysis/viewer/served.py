@@ -21,6 +21,7 @@ from PIL import Image
 
 from wsiflow.errors import InputError, WsiflowError
 from wsiflow.heatmap.files import open_preview
+from wsiflow.heatmap.overlay import thumbnail
 from wsiflow.plan.outline import png_bytes
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.plan import latest_plan
@@ -33,6 +34,7 @@ from wsiflow.system import tables
 
 TILE_PX = 512
 _QUALITY = 85
+_SMALL_PX = 104  # twice as many as the list shows, for fine screens
 _MOST_TILES = 1024  # kept in memory: about 60 MB
 _MOST_OPEN = 8  # slides, each with what its reader keeps in memory
 _MOST_REDUCED = 8  # from a stored level; of slides without such a level, the overview is shown instead
@@ -89,6 +91,16 @@ class ServedRun:
         if reason := self._fault(planned):
             return entry | more | self._overview(planned, reason)
         return entry | more | {"tiles": {"size": TILE_PX, "levels": n_levels(planned)}}
+
+    def small(self, number: int) -> bytes:
+        """Return the small picture of a slide for the list, as a JPEG.
+
+        Raises:
+            InputError: There is no such slide.
+            OSError: The run has no picture of it.
+        """
+        path = self.root / overviews.picture_of(self._numbered(number).slide_id)
+        return thumbnail(path.read_bytes(), side_px=_SMALL_PX)
 
     def tile(self, number: int, level: int, col: int, row: int) -> bytes:
         """Return a tile of a slide as a JPEG.

@@ -20,6 +20,7 @@ from wsiflow.run.results import page, shown
 HOST = "127.0.0.1"
 _HOSTS = ("127.0.0.1", "localhost")  # with any port, since a tunnel may end at another one
 _SLIDE = re.compile(r"(\d{1,3})/slide/(\d{1,7})\.json")
+_SMALL = re.compile(r"(\d{1,3})/small/(\d{1,7})\.jpg")
 _TILE = re.compile(r"(\d{1,3})/(tile|heat)/(\d{1,7})/(\d{1,2})/(\d{1,6})_(\d{1,6})\.(?:jpg|png)")
 _STYLE = "body{overflow:hidden}main{max-width:none;padding:0}@media(max-width:900px),print{body{overflow:auto}}"
 
@@ -74,6 +75,9 @@ class Viewer(ThreadingHTTPServer):
         if found := _SLIDE.fullmatch(rest):
             run, number = map(int, found.groups())
             return Answer(200, "application/json", json.dumps(self._runs[run].slide(number), allow_nan=False).encode())
+        if found := _SMALL.fullmatch(rest):
+            run, number = map(int, found.groups())
+            return Answer(200, "image/jpeg", self._runs[run].small(number), lasts=True)
         if found := _TILE.fullmatch(rest):
             run, number, level, first, second = (int(found[i]) for i in (1, 3, 4, 5, 6))
             if found[2] == "tile":

@@ -27,7 +27,7 @@ from wsiflow.run.stages.line import STEPS
 _COLOURS = ("#c994c7", "#9ecae1", "#bdbdbd", "#1f5f99", "#e6a04b", "#74a765")
 _STEP_COLOURS = dict(zip(STEPS, itertools.cycle(_COLOURS), strict=False))
 _PAGE_BYTES = 18_000_000  # larger pages open slowly and are refused by mail
-_MOST_PICTURE_BYTES = 1_000_000  # of one slide
+_MOST_PICTURE_BYTES = 4_000_000  # of one slide: no picture of a run is larger
 _MOST_PICTURES = 1000  # within so many bytes, more of them would be too small to be seen
 _USE_BINS = 240
 _NO_TRUTH = "not defined: it needs truth for tumour and for normal slides"

@@ -15,6 +15,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from wsiflow.errors import WsiflowError
@@ -22,7 +23,7 @@ from wsiflow.evaluation import findings
 from wsiflow.evaluation.detections import read_detections
 from wsiflow.heatmap.files import open_preview
 from wsiflow.plan import geometry
-from wsiflow.plan.outline import png_bytes
+from wsiflow.plan.outline import png_bytes, thinned
 from wsiflow.plan.slide_plan import SlidePlan
 from wsiflow.run.cases import read_cases
 from wsiflow.run.plan import Plan
@@ -39,6 +40,7 @@ _CELLS_PER_BYTE = 16  # of a compressed heatmap, hardly more: larger ones are no
 _LEAST_SIDE_PX = 160  # of a picture: a smaller one shows nothing
 _QUALITY = 78
 _MOST_DETECTIONS = 500  # of a slide within a page
+_RING_PARTS = 8192  # of a slide's long side: outlines within a page are as fine as this
 
 
 class Described(NamedTuple):
@@ -189,12 +191,20 @@ def cells_of(planned: SlidePlan) -> dict[str, float]:
 
 
 def within_page(slide: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a slide with so many detections as a page holds: all hits, and the most confident of the others."""
+    """Return a slide with what a page holds: outlines that are as fine as its picture, all hits, the surest others."""
     rows = slide["detections"]
     least = sorted(range(len(rows)), key=lambda i: (rows[i][3] != findings.HIT, -rows[i][0], i))[_MOST_DETECTIONS:]
     left_out = set(least)
     kept = [row for i, row in enumerate(rows) if i not in left_out]
-    return {**slide, "detections": kept, **({"unlisted": len(left_out)} if left_out else {})}
+    tolerance_px = max(slide["width"], slide["height"]) / _RING_PARTS
+    regions = [{**one, "rings": [_thinned(ring, tolerance_px) for ring in one["rings"]]} for one in slide["regions"]]
+    return {**slide, "detections": kept, "regions": regions, **({"unlisted": len(left_out)} if left_out else {})}
+
+
+def _thinned(ring: Sequence[int], tolerance_px: float) -> list[int]:
+    """Return a ring, x, y, x, y, ..., with fewer points."""
+    points = thinned(np.array(ring, np.float64).reshape(-1, 2), tolerance_px)
+    return [int(value) for value in points.ravel()]
 
 
 def pictures(root: Path, planned: SlidePlan, budget_bytes: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from wsiflow.run.stages.stitch import cell_um, make_room
 from wsiflow.system import publish, reread
 from wsiflow.system.provenance import facts
 
-_OVERVIEW_SIDE_PX = 1536
+_OVERVIEW_SIDE_PX = 3072
 _OVERLAY_SIDE_PX = 1024
 
 

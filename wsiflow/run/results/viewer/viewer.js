@@ -10,7 +10,8 @@
 (() => {
   const HIT = "hit", FALSE_POSITIVE = "false positive", LESION = "lesion";
   const COLOUR = {hit: "#00a26b", miss: "#ff3b30", fp: "#ffb000", other: "#8a939c"};
-  const MOST_LISTED = 200;
+  const MOST_LISTED = 200, MOST_PRINTED = 24, MOST_PRINTED_FINDINGS = 40;
+  const PRINTED_PX = 700; // the long side of a printed picture, in which lines are as wide as on the screen
   const MAPS = {
     // The upper part of viridis. Its lower part, purple, is the colour of haematoxylin.
     "teal to yellow": [[38, 130, 142], [31, 158, 137], [74, 193, 109], [160, 218, 57], [253, 231, 37]],
@@ -177,7 +178,7 @@
         animationTime: 0.4, springStiffness: 12,
         visibilityRatio: 0.3, minZoomImageRatio: 0.6, maxZoomPixelRatio: 8, imageLoaderLimit: 6, timeout: 120000,
         gestureSettingsMouse: {clickToZoom: false, dblClickToZoom: true}, keyboardNavEnabled: false,
-        crossOriginPolicy: false, placeholderFillStyle: "#ffffff",
+        crossOriginPolicy: false, tabIndex: -1, placeholderFillStyle: "#ffffff",
       });
       this.canvas = make("canvas", {style: "position:absolute;inset:0;width:100%;height:100%;pointer-events:none"});
       this.osd.canvas.append(this.canvas);
@@ -239,46 +240,9 @@
       if (!this.slide.width || !this.osd.isOpen()) return;
       context.scale(ratio, ratio);
       if (this.heat && this.app.look.heat) this.heat.draw(context, view);
-      if (this.app.look.truth) this.slide.regions.forEach(region => this.outline(context, view, region));
-      if (this.app.look.detections) this.marks(context, view);
+      drawFindings(context, view, this.slide, this.app.look);
       this.ring(context, view);
-      this.scaleBar(context, view);
-    }
-
-    outline(context, view, region) {
-      const found = region.best !== null && region.best >= this.app.look.least;
-      const kind = region.kind !== LESION ? "other" : found ? "hit" : "miss";
-      context.beginPath();
-      for (const ring of region.rings) {
-        context.moveTo(view.x + ring[0] * view.scale, view.y + ring[1] * view.scale);
-        for (let i = 2; i < ring.length; i += 2) {
-          context.lineTo(view.x + ring[i] * view.scale, view.y + ring[i + 1] * view.scale);
-        }
-        context.closePath();
-      }
-      context.setLineDash(kind === "miss" ? [9, 5] : kind === "other" ? [3, 4] : []);
-      stroke(context, COLOUR[kind], 2.5);
-      context.setLineDash([]);
-      if (region.number && region.box.length && (region.box[2] - region.box[0]) * view.scale > 12) {
-        label(context, `${region.number}`, view.x + region.box[0] * view.scale, view.y + region.box[1] * view.scale - 5);
-      }
-    }
-
-    marks(context, view) {
-      for (const [prob, x, y, kind, inside] of this.slide.detections) {
-        if (prob < this.app.look.least) continue;
-        const sx = view.x + x * view.scale, sy = view.y + y * view.scale;
-        if (sx < -20 || sy < -20 || sx > view.width + 20 || sy > view.height + 20) continue;
-        const colour = kind === HIT ? "hit" : kind === FALSE_POSITIVE ? "fp" : "other";
-        context.beginPath();
-        if (kind === FALSE_POSITIVE) { // a shape of its own, for those who do not tell the colours apart
-          context.moveTo(sx, sy - 9);
-          context.lineTo(sx + 8.5, sy + 6);
-          context.lineTo(sx - 8.5, sy + 6);
-          context.closePath();
-        } else context.arc(sx, sy, 7, 0, 2 * Math.PI);
-        stroke(context, COLOUR[colour], 2.5);
-      }
+      drawScaleBar(context, view, this.slide.um_px);
     }
 
     ring(context, view) {
@@ -290,20 +254,6 @@
       context.setLineDash([2, 4]);
       stroke(context, "#2a7fd4", 2);
       context.setLineDash([]);
-    }
-
-    scaleBar(context, view) {
-      const umPerPx = this.slide.um_px / view.scale, widest = Math.min(180, view.width / 3) * umPerPx;
-      const power = 10 ** Math.floor(Math.log10(widest)), um = [5, 2, 1].find(n => n * power <= widest) * power;
-      const px = um / umPerPx, left = 12, bottom = view.height - 12;
-      context.fillStyle = "rgba(255,255,255,.85)";
-      context.fillRect(left - 6, bottom - 26, px + 12, 34);
-      context.fillStyle = "#1f2328";
-      context.fillRect(left, bottom - 4, px, 4);
-      context.font = "12px system-ui, sans-serif";
-      context.textAlign = "left";
-      context.textBaseline = "alphabetic";
-      context.fillText(lengthText(um), left, bottom - 10);
     }
 
     point(event) {
@@ -339,24 +289,83 @@
     }
   }
 
-  function stroke(context, colour, width) {
-    context.lineWidth = width + 2;
-    context.strokeStyle = "rgba(255,255,255,.75)";
-    context.stroke();
-    context.lineWidth = width;
-    context.strokeStyle = colour;
-    context.stroke();
+  /** Draw the true outlines and the detections of a slide that the look asks for. */
+  function drawFindings(context, view, slide, look) {
+    if (look.truth) slide.regions.forEach(region => drawOutline(context, view, region, look.least));
+    if (look.truth) slide.regions.forEach(region => drawNumber(context, view, region));
+    if (look.detections) drawDetections(context, view, slide.detections, look.least);
   }
 
-  function label(context, text, x, y) {
+  function drawOutline(context, view, region, least) {
+    const found = region.best !== null && region.best >= least;
+    const kind = region.kind !== LESION ? "other" : found ? "hit" : "miss";
+    context.beginPath();
+    for (const ring of region.rings) {
+      context.moveTo(view.x + ring[0] * view.scale, view.y + ring[1] * view.scale);
+      for (let i = 2; i < ring.length; i += 2) {
+        context.lineTo(view.x + ring[i] * view.scale, view.y + ring[i + 1] * view.scale);
+      }
+      context.closePath();
+    }
+    context.setLineDash(kind === "miss" ? [9, 5] : kind === "other" ? [3, 4] : []);
+    stroke(context, COLOUR[kind], 2.5);
+    context.setLineDash([]);
+  }
+
+  /** Write the number of a region at its corner, or where the edge of the picture leaves room for it. */
+  function drawNumber(context, view, {number, box}) {
+    if (!number || !box.length || (box[2] - box[0]) * view.scale <= 12) return;
+    const [left, top, right, bottom] = box.map((side, i) => (i % 2 ? view.y : view.x) + side * view.scale);
+    if (right < 0 || bottom < 0 || left > view.width || top > view.height) return;
     context.font = "600 13px system-ui, sans-serif";
     context.textAlign = "left";
     context.textBaseline = "alphabetic";
+    const x = Math.max(3, Math.min(left, view.width - context.measureText(number).width - 3)), y = Math.max(14, top - 5);
     context.lineWidth = 3;
     context.strokeStyle = "rgba(255,255,255,.9)";
-    context.strokeText(text, x, y);
+    context.strokeText(number, x, y);
     context.fillStyle = "#1f2328";
-    context.fillText(text, x, y);
+    context.fillText(number, x, y);
+  }
+
+  function drawDetections(context, view, detections, least) {
+    for (const [prob, x, y, kind] of detections) {
+      if (prob < least) continue;
+      const sx = view.x + x * view.scale, sy = view.y + y * view.scale;
+      if (sx < -20 || sy < -20 || sx > view.width + 20 || sy > view.height + 20) continue;
+      const colour = kind === HIT ? "hit" : kind === FALSE_POSITIVE ? "fp" : "other";
+      context.beginPath();
+      if (kind === FALSE_POSITIVE) { // a shape of its own, for those who do not tell the colours apart
+        context.moveTo(sx, sy - 9);
+        context.lineTo(sx + 8.5, sy + 6);
+        context.lineTo(sx - 8.5, sy + 6);
+        context.closePath();
+      } else context.arc(sx, sy, 7, 0, 2 * Math.PI);
+      stroke(context, COLOUR[colour], 2.5);
+    }
+  }
+
+  function drawScaleBar(context, view, umPx) {
+    const umPerPx = umPx / view.scale, widest = Math.min(180, view.width / 3) * umPerPx;
+    const power = 10 ** Math.floor(Math.log10(widest)), um = [5, 2, 1].find(n => n * power <= widest) * power;
+    const px = um / umPerPx, left = 12, bottom = view.height - 12, text = lengthText(um);
+    context.font = "12px system-ui, sans-serif";
+    context.textAlign = "left";
+    context.textBaseline = "alphabetic";
+    context.fillStyle = "rgba(255,255,255,.85)";
+    context.fillRect(left - 6, bottom - 26, Math.max(px, context.measureText(text).width) + 12, 34);
+    context.fillStyle = "#1f2328";
+    context.fillRect(left, bottom - 4, px, 4);
+    context.fillText(text, left, bottom - 10);
+  }
+
+  /** Stroke a path so that it is seen on stained tissue, on glass and on every colour of the map. */
+  function stroke(context, colour, width) {
+    for (const [more, style] of [[3.5, "rgba(255,255,255,.8)"], [1.6, "rgba(20,24,28,.75)"], [0, colour]]) {
+      context.lineWidth = width + more;
+      context.strokeStyle = style;
+      context.stroke();
+    }
   }
 
   /** Return the box of a finding with a margin around it, in level-0 pixels. */
@@ -365,18 +374,89 @@
     return {x: left - margin, y: top - margin, width: right - left + 2 * margin, height: bottom - top + 2 * margin};
   }
 
+  /** A report on paper: a sheet for each of the first slides of the list, with its picture and its findings. */
+  class Printed {
+    constructor(app) {
+      Object.assign(this, {app, images: new Map(), box: make("div", {className: "wsv-sheets"})});
+      app.root.after(this.box);
+      window.addEventListener("beforeprint", () => this.fill());
+      window.addEventListener("afterprint", () => this.box.replaceChildren());
+    }
+
+    /** Load the pictures of the slides that would be printed now: while the browser prints, nothing can be loaded. */
+    prepare() {
+      const wanted = new Set(this.app.order.slice(0, MOST_PRINTED));
+      for (const i of this.images.keys()) if (!wanted.has(i)) this.images.delete(i);
+      const next = () => {
+        const i = [...wanted].find(each => !this.images.has(each));
+        if (i === undefined) return;
+        const {picture, heat} = inlined(0, i) || {};
+        const load = from => (from ? make("img", {src: from.src}) : null);
+        this.images.set(i, {picture: load(picture), heat: load(heat)});
+        this.waits = setTimeout(next);
+      };
+      clearTimeout(this.waits);
+      this.waits = setTimeout(next, 500); // after the slide that is looked at
+    }
+
+    fill() {
+      const {order} = this.app, left = order.length - MOST_PRINTED;
+      this.box.replaceChildren(...order.slice(0, MOST_PRINTED).map(i => this.sheet(inlined(0, i), this.images.get(i) || {})));
+      if (left > 0) {
+        this.box.append(make("p", {}, `${plural(left, "more slide")} of the list are not printed. Find or sort slides ` +
+          "in the list to print others."));
+      }
+    }
+
+    sheet(slide, images) {
+      const score = slide.score === "" ? "" : `, score ${slide.score}`;
+      const title = make("h3", {}, slide.name, make("span", {}, ` ${slide.truth || "no truth"}${score}`));
+      const groups = findings(slide, this.app.look.least);
+      const lists = [["Missed lesions, red dashes", groups.missed], ["False positives, triangles", groups.fp],
+        ["Lesions found, green", groups.hit], ["Detections, circles", groups.unknown], ["Not counted, grey", groups.other]]
+        .filter(([, items]) => items.length).map(([text, items]) => make("div", {}, make("h4", {}, `${text} (${items.length})`),
+          make("p", {}, items.slice(0, MOST_PRINTED_FINDINGS).map(item => `${item.text}: ${item.about}`).join("; ") +
+            (items.length > MOST_PRINTED_FINDINGS ? `; and ${items.length - MOST_PRINTED_FINDINGS} more` : ""))));
+      const least = this.app.look.least ? [`Detections from ${this.app.look.least.toFixed(2)}.`] : [];
+      const none = lists.length ? [] : ["Nothing was found and nothing is annotated."];
+      return make("section", {className: "wsv-sheet"}, title, this.drawn(slide, images),
+        ...[...slide.notes, ...least, ...none].map(text => make("p", {}, text)), ...lists);
+    }
+
+    /** Return a slide with all its layers as one picture. */
+    drawn(slide, {picture, heat}) {
+      if (!slide.picture || !picture || !picture.complete) return make("p", {}, "There is no picture of this slide.");
+      const side = Math.max(slide.width, slide.height), scale = PRINTED_PX / side, {look} = this.app;
+      const view = {x: 0, y: 0, scale, width: slide.width * scale, height: slide.height * scale};
+      const canvas = make("canvas", {width: 2 * Math.round(view.width), height: 2 * Math.round(view.height)});
+      const context = canvas.getContext("2d", {willReadFrequently: true});
+      context.scale(2, 2);
+      context.drawImage(picture, 0, 0, view.width, view.height);
+      if (look.heat && heat && heat.complete) {
+        const layer = new Heat(slide.heat, "", () => {});
+        layer.paint(look);
+        layer.tiles.set("0/0_0", layer.decoded(heat));
+        layer.draw(context, view);
+      }
+      drawFindings(context, view, slide, look);
+      drawScaleBar(context, view, slide.um_px);
+      return canvas;
+    }
+  }
+
   /** The whole: the list of slides, a picture for each run, the layers and the findings. */
   class App {
     constructor(root, index) {
       Object.assign(this, {root, runs: index.runs, slide: -1, order: [], buttons: new Map(), items: []});
       this.look = {heat: true, truth: true, detections: true, opacity: 0.6, from: 0.1, least: 0, map: "teal to yellow"};
       this.slides = this.joined();
+      this.seen = new IntersectionObserver(changes => this.showSmall(changes));
       this.panes = this.runs.map((_, run) => new Pane(this, run));
       this.build(index.full);
       this.panes.forEach(pane => pane.start());
       document.addEventListener("keydown", event => this.key(event));
       window.addEventListener("hashchange", () => this.openLinked());
-      window.addEventListener("beforeprint", () => this.panes.forEach(pane => pane.draw()));
+      this.printed = index.full ? null : new Printed(this);
       this.list();
       if (!this.openLinked() && this.order.length) this.open(this.order[0]);
     }
@@ -396,7 +476,8 @@
     build(full) {
       const button = (text, about, run) => make("button", {type: "button", title: about, onclick: run}, text);
       this.search = make("input", {type: "search", placeholder: "Find a slide", ariaLabel: "Find a slide",
-        oninput: () => this.list()});
+        oninput: () => this.list(),
+        onkeydown: event => event.key === "Enter" && this.order.length && this.open(this.order[0])});
       this.sorting = make("select", {ariaLabel: "Order of the slides", onchange: () => this.list()},
         ...["what went wrong", "name", "score, high first"].map(text => make("option", {}, text)));
       this.names = make("ol", {ariaLabel: "Slides"});
@@ -469,20 +550,41 @@
       if (by === 1) order.sort((a, b) => this.slides[a].name.localeCompare(this.slides[b].name, "en", {numeric: true}));
       if (by === 2) order.sort((a, b) => value(b) - value(a));
       this.order = order;
+      this.seen.disconnect();
       this.buttons = new Map(order.map(i => [i, this.slideButton(i)]));
       this.names.replaceChildren(...order.map(i => make("li", {}, this.buttons.get(i))));
       this.markSlide();
+      if (this.printed) this.printed.prepare();
     }
 
     slideButton(i) {
       const slide = this.slides[i], problems = slide.problems.filter(Boolean).join("; ");
       const score = slide.score === "" ? "" : `, score ${slide.score}`;
-      return make("button", {type: "button", onclick: () => this.open(i)}, slide.name,
-        make("small", {}, `${slide.truth || "no truth"}${score}`), problems ? make("small", {}, problems) : "");
+      const small = make("img", {alt: "", className: "wsv-small"});
+      small.dataset.slide = i;
+      this.seen.observe(small);
+      return make("button", {type: "button", onclick: () => this.open(i)}, small, make("span", {}, slide.name,
+        make("small", {}, `${slide.truth || "no truth"}${score}`), problems ? make("small", {}, problems) : ""));
+    }
+
+    /** Load the small pictures of slides that come into sight in the list. */
+    showSmall(changes) {
+      for (const {target, isIntersecting} of changes) {
+        if (!isIntersecting) continue;
+        this.seen.unobserve(target);
+        const {numbers} = this.slides[target.dataset.slide], run = numbers.findIndex(number => number >= 0);
+        const inline = inlined(run, numbers[run]);
+        if (!inline) target.src = `${run}/small/${numbers[run]}.jpg`;
+        else if (inline.picture) target.src = inline.picture.src;
+      }
     }
 
     markSlide() {
-      this.buttons.forEach((button, i) => button.setAttribute("aria-current", String(i === this.slide)));
+      const [first] = this.order, chosen = this.buttons.has(this.slide) ? this.slide : first;
+      this.buttons.forEach((button, i) => {
+        button.setAttribute("aria-current", String(i === this.slide));
+        button.tabIndex = i === chosen ? 0 : -1; // one stop of the tab key for the whole list
+      });
       const button = this.buttons.get(this.slide);
       if (button) this.names.scrollTop = button.offsetTop - this.names.offsetTop - this.names.clientHeight / 3;
     }
@@ -514,8 +616,8 @@
     }
 
     async load(run, number) {
-      const inline = document.getElementById(`slide-${run}-${number}`);
-      if (inline) return JSON.parse(inline.textContent);
+      const inline = inlined(run, number);
+      if (inline) return inline;
       const listed = this.runs[run].slides[number];
       try {
         const answer = await fetch(`${run}/slide/${number}.json`);
@@ -623,24 +725,34 @@
     }
 
     key(event) {
-      if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+      if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input:not([type=checkbox]), select")) return;
       if (!this.root.classList.contains("full") && !this.root.contains(document.activeElement)) return;
       const toggle = name => this.root.querySelector(`input[name=${name}]`).click();
+      const isListed = this.names.contains(document.activeElement);
       const slide = by => {
         const next = this.order[this.order.indexOf(this.slide) + by];
-        if (next !== undefined) this.open(next);
+        if (next === undefined) return;
+        this.open(next);
+        if (isListed) this.buttons.get(next).focus({preventScroll: true});
       };
       const actions = {
         j: () => slide(1), k: () => slide(-1), n: () => this.step(1), p: () => this.step(-1), 0: () => this.zoom(0),
         "+": () => this.zoom(1.6), "=": () => this.zoom(1.6), "-": () => this.zoom(1 / 1.6), m: () => toggle("heat"),
         t: () => toggle("truth"), d: () => toggle("detections"), ArrowLeft: () => this.pan(-1, 0),
-        ArrowRight: () => this.pan(1, 0), ArrowUp: () => this.pan(0, -1), ArrowDown: () => this.pan(0, 1),
+        ArrowRight: () => this.pan(1, 0), ArrowUp: () => (isListed ? slide(-1) : this.pan(0, -1)),
+        ArrowDown: () => (isListed ? slide(1) : this.pan(0, 1)),
       };
       const action = actions[event.key];
       if (!action) return;
       event.preventDefault();
       action();
     }
+  }
+
+  /** Return what the page itself holds of a slide; null where it comes from a server. */
+  function inlined(run, number) {
+    const element = document.getElementById(`slide-${run}-${number}`);
+    return element && JSON.parse(element.textContent);
   }
 
   /** Return what stands for a slide of which nothing is known. */
