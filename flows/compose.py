@@ -15,7 +15,7 @@ from wsiflow.model import read_card
 from wsiflow.run import tracking
 from wsiflow.run.config import RunConfig, validate
 
-from . import folders, keys, sweep
+from . import folders, keys, trial
 from .literal import literal
 from .overrides import choice_groups, choices, explain_refusal, is_refusal, quoted
 
@@ -27,7 +27,7 @@ def _folder(*, _root_: DictConfig) -> str:
 
 
 def _sweep_folder(out: str) -> str:
-    return str(sweep.folder()) if sweep.is_on() else out
+    return str(trial.sweep_folder()) if trial.is_on() else out
 
 
 def _keys(*, _root_: DictConfig) -> str:
@@ -56,13 +56,13 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, job: str = "") 
         values: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:  # an interpolation that names no key
         raise explain_refusal(error, []) from error
-    if job and sweep.is_on():  # a trial's data set or name must not move it out of the sweep's folder
-        values["out"] = str(sweep.folder())
+    if job and trial.is_on():  # a trial's data set or name must not move it out of the sweep's folder
+        values["out"] = str(trial.sweep_folder())
     if values["share"] == "auto":  # repeats measure costs, so each does its own work
         values["share"] = str(Path(values["out"]) / ".shared" / f"repeat-{values['repeat']}") if job else None
     if job:
         recorded, out = values["tracking"], Path(values["out"])
-        recorded["sweep"] = sweep.name() or sweep.name_of(recorded["sweep"], values["name"], out)
+        recorded["sweep"] = trial.sweep_name() or trial.sweep_name_of(recorded["sweep"], values["name"], out)
         values["out"] = str(out / job)
     return _with_stride_alone(validate(values), overrides)
 
@@ -118,7 +118,7 @@ def _composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConf
         raise explain_refusal(error, overrides) from error
 
 
-def trials(overrides: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
+def trials(overrides: Sequence[str]) -> dict[str, trial.TrialOverrides]:
     """Return the trials into which ``wsiflow run -m`` splits overrides, by name, all in the folder of one sweep.
 
     Raises:
@@ -126,7 +126,7 @@ def trials(overrides: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
     """
     overrides = literal(overrides, sweep=True)
     try:
-        by_name = sweep.named(sweep.jobs(overrides, _experiment_axes(overrides)))
+        by_name = trial.named(trial.jobs(overrides, _experiment_axes(overrides)))
     except HydraException as error:
         raise explain_refusal(error, overrides) from error
     if "" in by_name or any(one.startswith("out=") for one in overrides):
@@ -137,7 +137,7 @@ def trials(overrides: Sequence[str]) -> dict[str, sweep.TrialOverrides]:
 
 def _folder_of_sweep(overrides: Sequence[str]) -> str:
     """Return the folder of a sweep without ``out=``: that of a run with the overrides that all trials share."""
-    return str(_composed(sweep.fixed(overrides)).out)
+    return str(_composed(trial.fixed(overrides)).out)
 
 
 def _experiment_axes(overrides: Sequence[str]) -> list[str]:
@@ -147,7 +147,7 @@ def _experiment_axes(overrides: Sequence[str]) -> list[str]:
         return []
     with hydra.initialize_config_module("wsiflow.conf", version_base="1.3"):
         composed = hydra.compose("config", overrides=chosen[-1:], return_hydra_config=True)
-    if not sweep.is_grid(composed.hydra.sweeper):
+    if not trial.is_grid(composed.hydra.sweeper):
         raise InputError(f"{chosen[-1]} is a search", f"start it with wsiflow run -m {chosen[-1]}", stage="sweep")
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.params or OmegaConf.create(), resolve=False)
     return [f"{key}={value}" for key, value in params.items()]

@@ -23,8 +23,7 @@ from wsiflow.redaction import without_secrets
 from wsiflow.run.config import RunConfig
 from wsiflow.run.results.finish import Summary
 
-from . import artifacts, comparing, forms, logs, reported
-from . import sweep as sweeps
+from . import artifacts, comparing, forms, logs, reported, trial
 from .compose import compose_config, trials
 from .pipeline import TASK_RUNNER, as_flow, run_line, state_of
 
@@ -157,7 +156,7 @@ def _sweep(request: forms.Sweep) -> State[Any]:
     jobs = trials(request.to_overrides())
     summaries = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
-        title = sweeps.trial_title(number, len(jobs), name or request.name)
+        title = trial.trial_title(number, len(jobs), name or request.name)
         summaries[name or request.name] = summary = _trial(job, name, title)
         logs.note(f"{title}: {_how_it_ended(summary)}, {_result(summary)}")
     folder = next((config.out.parent for config in _configs(request)), Path(request.name))
@@ -193,12 +192,12 @@ def _result(summary: Summary) -> str:
     return artifacts.scores_line(summary.metrics) if summary.metrics else summary.text
 
 
-def _trial(job: sweeps.TrialOverrides, name: str, title: str) -> Summary:
+def _trial(job: trial.TrialOverrides, name: str, title: str) -> Summary:
     """Run one combination of a sweep, and return its summary even where it fails."""
     try:
         config = compose_config(job.overrides, job=name)
         if name:
-            sweeps.claim(config.out, job.swept)
+            trial.claim(config.out, job.swept)
     except WsiflowError as error:
         return _refused(error, title)
     try:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from wsiflow.errors import InputError
 from wsiflow.run.progress import Follower, Snapshot
 
-from . import logs, stopping, sweep, terminal
+from . import logs, stopping, terminal, trial
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -107,12 +107,12 @@ def _user_views(root: Path) -> "list[_Lines | _Display]":
     """Return the views for the user who started the command."""
     if logs.is_quiet():
         return []
-    if sys.stdout.isatty() and sys.stderr.isatty() and not sweep.is_of_another_process():
+    if sys.stdout.isatty() and sys.stderr.isatty() and not trial.is_of_another_process():
         console = _terminal()
         if console.is_interactive:
             return [_Display(root, console)]
         console.file.close()
-    return [_Lines(f"{root.name}: " if sweep.is_on() else "")]
+    return [_Lines(f"{root.name}: " if trial.is_on() else "")]
 
 
 def _follow(follower: Follower, views: Sequence[View], ended: threading.Event) -> None:

@@ -19,7 +19,7 @@ from wsiflow.errors import EnvironmentFault, InputError, WsiflowError
 from wsiflow.system.machine import limit_threads
 from wsiflow.system.usage import Spending
 
-from . import logs, overrides, stopping, sweep, terminal
+from . import logs, overrides, stopping, sweep, terminal, trial
 from .compose import to_config
 from .literal import literal
 
@@ -56,16 +56,16 @@ def all_jobs() -> int:
         if overrides.is_refusal(error):
             sweep.end()
             return terminal.report(overrides.explain_refusal(error, _typed_overrides()))
-        if not sweep.is_on():
+        if not trial.is_on():
             raise
         cause = f"a trial of the sweep did not end: {type(error).__name__}: {error}"
         exit_code = terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
-        return max([exit_code, *(trial.exit_code for trial in sweep.end())])
+        return max([exit_code, *(one.exit_code for one in sweep.end())])
     trials = sweep.end()
-    for lost in (trial for trial in trials if not trial.reported):
+    for lost in (one for one in trials if not one.reported):
         cause = f"the trial {lost.name} left no record of how it ended, so it counts as failed"
         terminal.report(EnvironmentFault(cause, "run the same command again: what is done stays done"))
-    return max([*_exit_codes, *(trial.exit_code for trial in trials)], default=0)
+    return max([*_exit_codes, *(one.exit_code for one in trials)], default=0)
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
@@ -123,39 +123,39 @@ def _compose_and_run(composed: DictConfig) -> float | tuple[float, ...] | None:
 def _run_trial(composed: DictConfig, hydra_config: HydraConf) -> float | tuple[float, ...] | None:
     """Run one trial of a sweep, and record how it ended."""
     summaries: list[Summary] = []
-    trial = sweep.Trial(str(hydra_config.job.num), 0)
+    ended = trial.Trial(str(hydra_config.job.num), 0)
     with logs.shown(), suppress(InputError):  # one that the job raises again, and explains
-        trial = trial._replace(name=sweep.trial_name(hydra_config.overrides.task) or trial.name)
-    heading = sweep.heading(hydra_config.job.num, trial.name)
+        ended = ended._replace(name=trial.trial_name(hydra_config.overrides.task) or ended.name)
+    heading = trial.heading(hydra_config.job.num, ended.name)
 
     def job() -> int:
-        nonlocal trial
+        nonlocal ended
         sweep.prepare_process()
-        sweep.trial_name(hydra_config.overrides.task)  # refuses a sweep of folders, now where it is explained
-        config = to_config(composed, hydra_config.overrides.task, job=trial.name)
+        trial.trial_name(hydra_config.overrides.task)  # refuses a sweep of folders, now where it is explained
+        config = to_config(composed, hydra_config.overrides.task, job=ended.name)
         reason = sweep.reason_to_skip(config)
         if reason:
-            trial = trial._replace(reason=reason, skipped=True)
+            ended = ended._replace(reason=reason, skipped=True)
             logs.note(f"skipped: {reason}", logging.WARNING)
             return 0
-        sweep.claim_own(config.out, hydra_config.overrides.task)
+        trial.claim_own(config.out, hydra_config.overrides.task)
         summaries.append(_run_job(composed, config, hydra_config))
         return summaries[0].exit_code
 
     def explained() -> int:
-        nonlocal trial
+        nonlocal ended
         try:
             return job()
         except WsiflowError as error:
-            trial = trial._replace(reason=str(error))
+            ended = ended._replace(reason=str(error))
             raise
 
     with logs.shown():
         logs.note(heading)
         exit_code = terminal.bounded(explained, heading)
     if summaries and not summaries[0].metrics:
-        trial = trial._replace(reason=summaries[0].text)
-    sweep.record_end(hydra_config.job.num, trial._replace(exit_code=exit_code))
+        ended = ended._replace(reason=summaries[0].text)
+    trial.record_end(hydra_config.job.num, ended._replace(exit_code=exit_code))
     return sweep.objectives(summaries[0].metrics, hydra_config.sweeper) if summaries else None
 
 
@@ -179,7 +179,7 @@ def start(config: "RunConfig") -> "Summary":
 
         limit_threads(config.executor.threads)
         is_direct = config.orchestrator == "none"
-        if (sweep.is_on() or not is_direct) and (summary := finished(config)) is not None:
+        if (trial.is_on() or not is_direct) and (summary := finished(config)) is not None:
             return summary
         sweep.load_libraries(config)
         if is_direct:
@@ -190,4 +190,4 @@ def start(config: "RunConfig") -> "Summary":
         with ExitStack() as own:
             sweep.start_server(own)
             Spending.begin_run()
-            return as_flow_or_without(config, sweep.title(config))
+            return as_flow_or_without(config, trial.title(config))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from small_runs import over
 
-from flows import artifacts, compose, pipeline, sweep
+from flows import artifacts, compose, pipeline, trial
 from wsiflow.errors import Failure
 from wsiflow.run.results.finish import Summary
 from wsiflow.run.results.scores import read_metrics
@@ -87,7 +87,7 @@ def test_keys_are_those_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_trial_is_shown_by_its_number_and_what_was_swept() -> None:
     """Groups of the configuration are left out, values are not touched."""
-    assert sweep.trial_title(2, 4, "inference.stride=56") == "trial 2 of 4: stride=56"
-    assert sweep.trial_title(1, 0, "a.b.c=0.5,stain=none,model.card=pkg:x.y.json") == (
+    assert trial.trial_title(2, 4, "inference.stride=56") == "trial 2 of 4: stride=56"
+    assert trial.trial_title(1, 0, "a.b.c=0.5,stain=none,model.card=pkg:x.y.json") == (
         "trial 1: c=0.5,stain=none,card=pkg:x.y.json"
     )

@@ -19,10 +19,10 @@ from small_runs import over
 from swept import jobs_of
 
 from flows import compose as command
-from flows import server
+from flows import server, trial
 from flows import sweep as sweeps
 from flows.cli import main
-from flows.sweep import Trial
+from flows.trial import Trial
 from wsiflow.errors import InputError
 from wsiflow.evaluation import matches
 
@@ -130,7 +130,7 @@ def test_trials_in_turn_share_a_server(tmp_path: Path, monkeypatch: pytest.Monke
         running.clear()
 
     monkeypatch.setattr(server, "chosen_server", chosen)
-    monkeypatch.setenv(sweeps._VARIABLE, json.dumps({"pid": os.getpid(), "folder": str(tmp_path / "records")}))
+    monkeypatch.setenv(trial.VARIABLE, json.dumps({"pid": os.getpid(), "folder": str(tmp_path / "records")}))
     for _trial in range(2):
         with ExitStack() as own:
             sweeps.start_server(own)
@@ -173,8 +173,8 @@ def test_trials_are_slurm_jobs(slurm: dict[str, str], tiny_slides: Path, tmp_pat
 )
 def test_no_two_trials_have_one_folder(axis: str) -> None:
     """Names differ on every disk, whatever their case, Unicode form or length, and are the same each time."""
-    names = list(sweeps.named(sweeps.jobs([axis])))
-    assert list(sweeps.named(sweeps.jobs([axis]))) == names
+    names = list(trial.named(trial.jobs([axis])))
+    assert list(trial.named(trial.jobs([axis]))) == names
     assert len({name.casefold() for name in names}) == len(names) >= 2
     for name in names:
         assert "/" not in name
@@ -185,14 +185,14 @@ def test_no_two_trials_have_one_folder(axis: str) -> None:
 def test_no_folder_is_named_by_a_secret(tmp_path: Path) -> None:
     """Where an address with a password is swept, neither the trial's folder nor its claim shows the password."""
     swept = [f"tracking.uri='http://bob:canary{n}@one/'" for n in (1, 2)]
-    names = [sweeps.folder_name([one]) for one in swept]
+    names = [trial.folder_name([one]) for one in swept]
     assert len(set(names)) == 2
     assert "canary" not in "".join(names)
-    sweeps.claim(tmp_path, swept[:1])
+    trial.claim(tmp_path, swept[:1])
     assert "canary" not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
-    sweeps.claim(tmp_path, swept[:1])
+    trial.claim(tmp_path, swept[:1])
     with pytest.raises(InputError, match="belongs to the trial"):
-        sweeps.claim(tmp_path, swept[1:])
+        trial.claim(tmp_path, swept[1:])
 
 
 def test_plain_names_stay_as_they_were() -> None:
@@ -200,8 +200,8 @@ def test_plain_names_stay_as_they_were() -> None:
     jobs = jobs_of(["inference.stride=16,32", "stain=none,macenko", "name='a b'"])
     strides_and_stains = [(stride, stain) for stride in (16, 32) for stain in ("none", "macenko")]
     assert list(jobs) == [f"inference.stride={stride},stain={stain}" for stride, stain in strides_and_stains]
-    assert sweeps.folder_name(["name='a b'"]) == "name='a b'"
-    assert sweeps.folder_name(["name=a/b"]) == sweeps.folder_name(["name=a/b"]) != sweeps.folder_name(["name=a_b"])
+    assert trial.folder_name(["name='a b'"]) == "name='a b'"
+    assert trial.folder_name(["name=a/b"]) == trial.folder_name(["name=a/b"]) != trial.folder_name(["name=a_b"])
 
 
 def test_all_trials_are_in_the_folder_of_their_sweep() -> None:
@@ -227,10 +227,10 @@ def test_a_sweep_without_out_makes_no_other_folders(tmp_path: Path, monkeypatch,
 
 def test_a_folder_belongs_to_one_trial(tmp_path: Path) -> None:
     """Another trial with the same folder is refused, and the same trial may use it again."""
-    sweeps.claim(tmp_path, ["name=a/b"])
-    sweeps.claim(tmp_path, ["name=a/b"])
+    trial.claim(tmp_path, ["name=a/b"])
+    trial.claim(tmp_path, ["name=a/b"])
     with pytest.raises(InputError, match="belongs to the trial 'name=a/b', this one is 'name=a_b'"):
-        sweeps.claim(tmp_path, ["name=a_b"])
+        trial.claim(tmp_path, ["name=a_b"])
     assert [path.name for path in (tmp_path / "receipts").iterdir()] == ["trial"]
 
 
@@ -238,16 +238,16 @@ def test_a_single_trial_is_named_by_its_settings(monkeypatch) -> None:
     """What decides no number does not name it, and one without settings has no name of its own."""
     monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps({"alike": []}))
     overrides = ["dataset=manifest", "name=x", "inference.stride=112", "+model.maps=[a]", "executor=inline"]
-    assert sweeps._name_of_job([], overrides) == "inference.stride=112,+model.maps=[a]"
-    assert sweeps._name_of_job(["seed=1"], overrides) == "seed=1"
-    assert sweeps._name_of_job([], ["dataset=manifest"]) == ""
+    assert trial.name_of_job([], overrides) == "inference.stride=112,+model.maps=[a]"
+    assert trial.name_of_job(["seed=1"], overrides) == "seed=1"
+    assert trial.name_of_job([], ["dataset=manifest"]) == ""
 
 
 def test_of_a_key_that_was_typed_twice_the_last_one_names_trials(monkeypatch) -> None:
     """A value that is swept names its trial though the same was given before for the whole sweep."""
     typed = ["seed=1", "inference.stride=112", "inference.stride=112,224"]
     monkeypatch.setenv("WSIFLOW_SWEEP", json.dumps({"alike": [], "overrides": typed}))
-    assert sweeps.trial_name(["seed=1", "inference.stride=112"]) == "inference.stride=112"
+    assert trial.trial_name(["seed=1", "inference.stride=112"]) == "inference.stride=112"
 
 
 def test_a_cpu_without_bfloat16_skips_trials_that_need_it(monkeypatch) -> None:
@@ -299,8 +299,8 @@ def records(tmp_path: Path, monkeypatch) -> Path:
 
 def test_a_trial_that_leaves_no_record_has_failed(records: Path) -> None:
     """A trial without a record, or with half of one, has failed: it was killed."""
-    sweeps.record_end(0, Trial("a", 0))
-    sweeps.record_end(1, Trial("b", 20))
+    trial.record_end(0, Trial("a", 0))
+    trial.record_end(1, Trial("b", 20))
     assert [(one.name, one.exit_code, one.reported) for one in sweeps._trials()] == [
         ("a", 0, True),
         ("b", 20, True),
@@ -320,6 +320,6 @@ def test_sweeps_in_one_folder_have_records_of_their_own(records: Path) -> None:
     other = records.parent / "other"
     sweeps._create_records(other)
     assert {path.name for path in records.parent.iterdir()} == {"mine", "other"}
-    sweeps.record_end(0, Trial("a", 20))
+    trial.record_end(0, Trial("a", 20))
     sweeps.end()
     assert other.exists()
