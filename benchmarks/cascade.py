@@ -123,11 +123,11 @@ def _compared(folder: Path, written: Written, card: Path | str, precision: str, 
     """Run slides whole and as a cascade, and return numbers by way."""
     common = ["model=card", f"model.card={card}", f"inference.precision={precision}", f"inference.stride={stride}"]
     ways = {NONE: [], PCAM: written.first_pass()}
-    trials = {name: trial(folder, written, [*common, *more]) for name, more in ways.items()}
-    return {f"{precision}, stride {stride}: {name}": numbers_of(trials, name) for name in trials}
+    trials = {name: _trial(folder, written, [*common, *more]) for name, more in ways.items()}
+    return {f"{precision}, stride {stride}: {name}": _numbers(trials, name) for name in trials}
 
 
-def trial(folder: Path, written: Written, overrides: Sequence[str]) -> Trial:
+def _trial(folder: Path, written: Written, overrides: Sequence[str]) -> Trial:
     """Run the slides under test with these settings besides, and return what that costs and finds."""
     say(" ".join(overrides))
     common = ["dataset=manifest", f"dataset.manifest={written.tested}", "executor=inline", "dense.on_excess=report"]
@@ -137,21 +137,25 @@ def trial(folder: Path, written: Written, overrides: Sequence[str]) -> Trial:
         return Trial(metrics, parts_s, read_matches(out / "evaluation/matches.json"))
 
 
-def numbers_of(trials: Mapping[str, Trial], name: str) -> dict[str, Any]:
-    """Return what a way costs and finds, and compared with the whole run its cost and its paired loss with a bound."""
+def _numbers(trials: Mapping[str, Trial], name: str) -> dict[str, Any]:
+    """Return what a way costs and finds, also in comparison with the whole run."""
     one, whole = trials[name], trials[NONE]
-    lesions = sum(len(each.best) - each.n_itc for each in one.record.setting(name).matches)
-    found: dict[str, Any] = {"metrics": dict(one.metrics), "parts_s": dict(one.parts_s), "lesions": lesions}
+    found: dict[str, Any] = {"metrics": dict(one.metrics), "parts_s": dict(one.parts_s)}
     if name == NONE:
         return found
-    settings = [whole.record.setting(NONE), one.record.setting(name)]
+    return found | {"shares": _shares(one.parts_s, whole.parts_s), **paired_loss(whole.record, one.record)}
+
+
+def paired_loss(whole: EvaluationRecord, other: EvaluationRecord) -> dict[str, Any]:
+    """Return the strict FROC score of a whole run and of a cascade, the paired loss, and its upper 95 % bound."""
+    settings = [whole.setting(NONE), other.setting(PCAM)]
     compared = paired.bootstrap(settings, reference=NONE, n=_DRAWS, seed=0)
-    difference = compared.differences[name]["froc.strict_score"]
-    low, units = difference.low, compared.evidence[name]["froc.strict_score"].units
+    difference = compared.differences[PCAM]["froc.strict_score"]
+    low, units = difference.low, compared.evidence[PCAM]["froc.strict_score"].units
     if np.isnan(low) and units is not None:
         low, _ = discordance.score_interval(units)
-    shares = _shares(one.parts_s, whole.parts_s)
-    return found | {"shares": shares, "froc_loss": 0.0 - difference.value, "froc_loss_at_most": 0.0 - low}
+    scores = [compared.intervals[name]["froc.strict_score"].value for name in (NONE, PCAM)]
+    return {"scores": scores, "froc_loss": 0.0 - difference.value, "froc_loss_at_most": 0.0 - low}
 
 
 def _parts_s(receipts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -181,13 +185,13 @@ def _table(values: Mapping[str, Mapping[str, Any]]) -> ResultTable:
             cells += [f"{metrics['cascade.passed_over']:.1%}", f"{metrics['cascade.missed']:.1%}"]
         else:
             cells += [""] * 4
-        rows.append([*cells, f"{metrics['froc.strict_score']:.2f}", refused(metrics)])
+        rows.append([*cells, f"{metrics['froc.strict_score']:.2f}", _refused(metrics)])
     columns = ["precision, stride: first pass", *(f"{part}, core-s" for part in _PARTS), "line, core-s"]
     columns += ["of the whole run", "without certificates", "passed over", "missed cells", "strict FROC"]
     return ResultTable("Cost of cascades against whole runs", [*columns, "slides refused"], rows)
 
 
-def refused(metrics: Mapping[str, float]) -> str:
+def _refused(metrics: Mapping[str, float]) -> str:
     """Return how many slides the certificates refuse."""
     return f"{metrics['certificate.slides_beyond']:.0f} of {metrics['froc.n_slides']:.0f}"
 

@@ -77,20 +77,19 @@ def main(arguments: Namespace) -> int:
         raise InputError("a table of tiles has no pixels to measure", "calibrate on slides and give --costs")
     if arguments.tiles and is_cascade:
         raise InputError("a table of tiles has no first pass to plan", "plan on slides, or without a cascade")
-    numbers = arguments.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
-    scheduler, config = _simulated_on(config, arguments)
+    simulation = _simulation(config, arguments)
     if is_cascade and not publish.generations(config.out, "plan.json"):
-        return _forecast_cascade(config, arguments, scheduler, numbers)
+        return _forecast_cascade(config, arguments, simulation)
     if arguments.tiles:
         found = _Estimate(count_tasks_in_table(config, arguments.tiles, arguments.tissue), ROUGH, "rough")
     else:
         found = _estimate(_make_plans(config, _ingest, calibrate=arguments.calibrate)[0], config)
     if arguments.costs:
         found = found.with_costs(arguments.costs)
-    forecasts = found.forecasts(config, scheduler, numbers, arguments.queue_s)
-    _write_json(arguments, _as_json(found, forecasts) | {"scheduler": scheduler})
+    forecasts = simulation.of(found)
+    _write_json(arguments, _as_json(found, forecasts) | {"scheduler": simulation.scheduler})
     say("\n".join([*_count_lines(found.counts, config), *_cost_lines(found)]))
-    say("\n".join(_forecast_lines(scheduler, forecasts)))
+    say("\n".join(_forecast_lines(simulation.scheduler, forecasts)))
     return 0
 
 
@@ -111,12 +110,19 @@ class _Estimate(NamedTuple):
         total = sum(hours.values())
         return core_hours_between(hours, self.costs.basis) if self.costs.basis else (total, total)
 
-    def forecasts(
-        self, config: RunConfig, scheduler: str, numbers: Sequence[int], queue_s: float
-    ) -> dict[int, Forecast]:
+
+class _Simulation(NamedTuple):
+    """What is simulated: a configuration whose slices are cut as for a scheduler, and numbers of workers."""
+
+    config: RunConfig
+    scheduler: str
+    numbers: Sequence[int]
+    queue_s: float
+
+    def of(self, found: _Estimate) -> dict[int, Forecast]:
         """Return the simulated run by number of workers."""
-        clusters = {n: cluster_of(scheduler, n, self.costs, queue_s) for n in numbers}
-        return {n: forecast(self.counts, self.costs, config, cluster) for n, cluster in clusters.items()}
+        clusters = {n: cluster_of(self.scheduler, n, found.costs, self.queue_s) for n in self.numbers}
+        return {n: forecast(found.counts, found.costs, self.config, cluster) for n, cluster in clusters.items()}
 
 
 def _estimate(plan_path: Path, config: RunConfig) -> _Estimate:
@@ -126,7 +132,7 @@ def _estimate(plan_path: Path, config: RunConfig) -> _Estimate:
     return _Estimate(count_tasks(plan_path, config), costs_of(root, ROUGH), origin)
 
 
-def _forecast_cascade(config: RunConfig, arguments: Namespace, scheduler: str, numbers: Sequence[int]) -> int:
+def _forecast_cascade(config: RunConfig, arguments: Namespace, simulation: _Simulation) -> int:
     """Plan the first pass of a cascade and a run without it, and print what both passes will take."""
     first_path, whole_path = _make_plans(config, _ingest_cascade, calibrate=arguments.calibrate)
     first = _estimate(first_path, first_pass.config_of(config, first_path.parent))
@@ -138,11 +144,9 @@ def _forecast_cascade(config: RunConfig, arguments: Namespace, scheduler: str, n
         which: _Estimate(*cascade.own_pass(config, whole.counts, whole.costs, share), whole.origin)
         for which, share in zip(("least", "most"), looked.shares_of_cost(), strict=True)
     }
-    of_first, *of_own = (
-        each.forecasts(config, scheduler, numbers, arguments.queue_s) for each in (first, *parts.values())
-    )
+    of_first = simulation.of(first)
     simulated = {
-        which: {n: of_first[n].then(own) for n, own in each.items()} for which, each in zip(parts, of_own, strict=True)
+        which: {n: of_first[n].then(own) for n, own in simulation.of(part).items()} for which, part in parts.items()
     }
     least = first.hours_between()[0] + parts["least"].hours_between()[0]
     most = first.hours_between()[1] + parts["most"].hours_between()[1]
@@ -152,7 +156,7 @@ def _forecast_cascade(config: RunConfig, arguments: Namespace, scheduler: str, n
         "looked_at": looked._asdict(),
         "core_hours_between": (least, most),
         "forecasts": {which: _forecasts_as_json(each) for which, each in simulated.items()},
-        "scheduler": scheduler,
+        "scheduler": simulation.scheduler,
     }
     _write_json(arguments, report)
     say("\n".join(["first pass:", *_count_lines(first.counts, config), *_cost_lines(first)]))
@@ -160,7 +164,7 @@ def _forecast_cascade(config: RunConfig, arguments: Namespace, scheduler: str, n
     say(f"it looks at {_range_text(looked.least, looked.most)} of the tissue: {looked.origin}")
     say(f"core-hours to do of both passes: between {least:.3g} and {most:.3g}")
     for which, each in simulated.items():
-        say("\n".join([f"if it looks at the {which}:", *_forecast_lines(scheduler, each)]))
+        say("\n".join([f"if it looks at the {which}:", *_forecast_lines(simulation.scheduler, each)]))
     return 0
 
 
@@ -173,8 +177,13 @@ def _write_json(arguments: Namespace, report: Mapping[str, Any]) -> None:
         publish.write_view(arguments.json.parent, arguments.json.name, json.dumps(report, indent=1).encode())
 
 
-def _simulated_on(config: RunConfig, arguments: Namespace) -> tuple[str, RunConfig]:
-    """Return the scheduler to simulate, and the configuration with slices that are cut as for it."""
+def _simulation(config: RunConfig, arguments: Namespace) -> _Simulation:
+    """Return what is to be simulated for a run.
+
+    Raises:
+        InputError: There is no simulation of its executor.
+    """
+    numbers = arguments.workers or [params.worker_count(config.executor, cores=allocated_cores()) or 1]
     own_scheduler = _scheduler(config)
     scheduler = arguments.scheduler or own_scheduler
     if scheduler not in SCHEDULERS:
@@ -184,7 +193,7 @@ def _simulated_on(config: RunConfig, arguments: Namespace) -> tuple[str, RunConf
     if scheduler != own_scheduler:  # slices are cut as for that scheduler
         executor = compose_config([f"executor={_GROUPS.get(scheduler, scheduler)}"]).executor
         config = config.model_copy(update={"executor": executor})
-    return scheduler, config
+    return _Simulation(config, scheduler, numbers, arguments.queue_s)
 
 
 def _scheduler(config: RunConfig) -> str:
