@@ -115,4 +115,5 @@ class QueueWatch:
                 reasons[_SUBMITTED] += 1
             elif seen is not None and self._dialect.is_alive(seen.state) and not self._is_waiting(seen):
                 running += 1
-        return Queued(array.job, dict(reasons), running, *array.request)
+        logs = array.logs.relative_to(self._root).as_posix()
+        return Queued(array.job, dict(reasons), running, *array.request, logs)
