@@ -142,7 +142,7 @@ class Submitter:
             if self._is_wrong(answer):
                 break
         self._log.append("ended", name=name)
-        refusal = submission.refusal(answer)
+        refusal = submission.refusal(answer, self._params)
         if self._is_wrong(answer):
             raise self._refused(size, refusal)
         is_full = bool(self._dialect.full and re.search(self._dialect.full, refusal))
@@ -154,7 +154,7 @@ class Submitter:
 
     def _is_wrong(self, answer: jobs.Answer) -> bool:
         """Tell whether the scheduler refused for a reason that no waiting cures."""
-        return bool(self._dialect.wrong and re.search(self._dialect.wrong, submission.refusal(answer)))
+        return bool(self._dialect.wrong and re.search(self._dialect.wrong, submission.refusal(answer, self._params)))
 
     def _test(self, name: str, size: int, request: Request) -> None:
         """Have a scheduler test a request that would accept what it can never meet.
