@@ -1,5 +1,6 @@
 """Array jobs at a site: a real Slurm of several nodes that keeps accounts, whose jobs are preempted and nodes fail."""
 
+import os
 import re
 import socket
 import subprocess
@@ -132,6 +133,7 @@ def test_elements_that_are_preempted_for_good_are_replaced(tmp_path: Path, caplo
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("WSIFLOW_ARRAY_SLIDES" not in os.environ, reason="two minutes: make test-full")
 def test_a_preempted_run_publishes_the_same_bytes(small_slides: Path, tmp_path: Path) -> None:
     """The whole line, whose elements are cancelled for other jobs while they predict."""
     assert wsiflow(*line(small_slides, tmp_path / "inline")) == 0
