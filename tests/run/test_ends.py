@@ -208,6 +208,30 @@ def test_an_element_with_more_than_was_requested_counts() -> None:
     assert asked.of(tries) == Request(32000, 60)
 
 
+def test_preemption_costs_no_try() -> None:
+    """However often it happens, the same is requested again; a node that fails is one of the tries."""
+    asked = requests(Bounds(), retries=0)
+    assert asked.after(Tries(3, 1, 1), "preempted", REQUEST) == Tries(3, 1, 1)
+    assert asked.after(Tries(), "node", REQUEST) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "why"),
+    [
+        ("slurm", "PREEMPTED\n", "preempted"),
+        ("slurm", "PREEMPTED\nNODE_FAIL\n", "node"),
+        ("slurm", "", "node"),
+        ("sge", "PREEMPTED\n", "node"),
+    ],
+)
+def test_why_an_element_was_requeued_is_that_of_its_last_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str, why: str
+) -> None:
+    """Where accounts tell it; without them it is the node."""
+    monkeypatch.setattr(jobs, "call", lambda command: jobs.Answer(command, 0 if said else 1, said, ""))
+    assert ends.why_requeued(params(name), {"job": "9", "index": 3}) == why
+
+
 @pytest.mark.parametrize(
     ("cause", "limits", "changed", "remedy"),
     [
