@@ -129,7 +129,7 @@ def start(cluster: Any, dask: DaskParams, workers: int, root: Path) -> None:
     cluster.worker_spec.update(cluster.new_worker_spec())
     if refusal := _refusal(cluster):
         raise EnvironmentFault(f"{dask.cluster} submits no workers: {refusal}", _REMEDY, stage="executor")
-    _await_reason(root)
+    _await_reason(cluster, root)
     if dask.adapt_kwargs:
         cluster.adapt(**dask.adapt_kwargs)
     else:
@@ -172,26 +172,30 @@ def _last_words(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _await_reason(root: Path) -> None:
-    """Wait until the first job runs, or the scheduler says why it waits.
+def _await_reason(cluster: Any, root: Path) -> None:
+    """Wait until the first job's worker is there, or the scheduler says why it waits.
 
     Raises:
         EnvironmentFault: It will never start.
     """
-    end, dialect = time.monotonic() + _FIRST_S, _dialect_of_slurm()
-    while time.monotonic() < end and (reasons := dask_jobs.reasons(dask_jobs.own(root))):
-        if hopeless := [reason for reason in reasons if dialect.is_hopeless(reason)]:
-            cause = f"the jobs of the Dask workers would never start: {', '.join(hopeless)}"
-            raise EnvironmentFault(cause, _REMEDY, stage="executor")
-        if reasons != [_NO_REASON_YET]:
-            return
+    end, dialect = time.monotonic() + _FIRST_S, _dialect_of(cluster)
+    while dialect and time.monotonic() < end and not cluster.scheduler_info["workers"]:
+        own = dask_jobs.own(root)
+        for reason in dask_jobs.reasons(own, dialect):
+            if never := dask_jobs.never_starts(own[0], dialect, reason):
+                cause = f"the jobs of the Dask workers would never start: {never}"
+                raise EnvironmentFault(cause, _REMEDY, stage="executor")
+            if reason != _NO_REASON_YET and not dialect.verify:  # those that verify also tell what has long passed
+                return
         time.sleep(_FIRST_POLL_S)
 
 
-def _dialect_of_slurm() -> Dialect:
-    """Return the dialect in which `dask_jobs.reasons` are, as array jobs of Slurm have it."""
-    text = resources.files("wsiflow.conf").joinpath("executor/slurm_array.yaml").read_text(encoding="utf-8")
-    return Dialect(**yaml.safe_load(text)["array"]["dialect"])
+def _dialect_of(cluster: Any) -> Dialect | None:
+    """Return the dialect of a cluster's scheduler, as array jobs have it; None where there is none."""
+    file = resources.files("wsiflow.conf").joinpath(f"executor/{cluster.job_cls.config_name}_array.yaml")
+    if not file.is_file():
+        return None
+    return Dialect(**yaml.safe_load(file.read_text(encoding="utf-8"))["array"]["dialect"])
 
 
 @contextmanager
@@ -224,7 +228,9 @@ def _tell(cluster: Any, root: Path) -> None:
     """Note how many workers are missing, and why."""
     wanted, there = len(cluster.plan), len(cluster.scheduler_info["workers"])
     if there < wanted:
-        reasons = [reason for reason in dask_jobs.reasons(dask_jobs.own(root)) if reason != _NO_REASON_YET]
+        dialect = _dialect_of(cluster)
+        told = dask_jobs.reasons(dask_jobs.own(root), dialect) if dialect else []
+        reasons = [reason for reason in told if reason != _NO_REASON_YET]
         logs.note(f"{there} of {wanted} Dask workers are there" + f"; jobs wait: {', '.join(reasons)}" * bool(reasons))
 
 

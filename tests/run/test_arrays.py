@@ -103,6 +103,9 @@ def test_a_killed_element_is_retried_with_more_memory_and_its_neighbours_are_not
         f"submitted  array job {logged[0]} for predict: 3 elements of 200 MB and 5 min",
         f"submitted  array job {logged[1]} for predict: 1 element of 400 MB and 5 min",
     ]
+    logs = [Path(message.partition("; logs in ")[2]) for message in told]
+    assert logs == [tmp_path / "logs" / job for job in logged]
+    assert all("-predict-" in str(folder.readlink()) and list(folder.glob("*.log")) for folder in logs)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"element {lost.usage['native_id']} was lost (memory: " in warnings[-1]
     assert " and its work is posted again; its log " in warnings[-1]
@@ -325,7 +328,7 @@ def test_what_waits_is_told_with_the_reason(scheduler: str, tmp_path: Path, capl
     wait_for(lambda: reason in waiting.text(tmp_path))
     job = job_of(tmp_path)
     (told,) = waiting.describe(tmp_path)
-    assert told.startswith(f"array job {job}: 2 wait ({reason}) (200 MB, 5 min each), as of 20")
+    assert told.startswith(f"array job {job}: 2 wait ({reason}) (200 MB, 5 min each; logs in logs/{job}), as of 20")
     wait_for(lambda: f"array job {job} waits until somebody acts: {reason}" in caplog.text)
     call(*(["scontrol", "release", job] if scheduler == "slurm" else ["qrls", job]))
     assert squares(running.end()) == {task: task**2 for task in range(4)}

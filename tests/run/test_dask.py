@@ -353,6 +353,23 @@ def test_jobs_that_will_never_start_end_the_run(slurm, tmp_path: Path, monkeypat
     assert list((tmp_path / publish.ATTEMPTS).iterdir()) == [], "no certificate is left"
 
 
+def test_jobs_that_grid_engine_will_never_start_end_the_run(
+    sge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes jobs that it can never run, and those whose folder is missing; why is said at once, and none stays."""
+    call = slurm_of(sge, monkeypatch)
+    keywords = {"cores": 1, "memory": "500MB", "walltime": "00:10:00", "interface": "lo"}
+    keywords |= {"log_directory": str(tmp_path), "shared_temp_directory": str(tmp_path / publish.ATTEMPTS)}
+    for option, reason in (("-wd /absent", "can't chdir to /absent"), ("-pe smp 900", 'cannot run in PE "smp"')):
+        more = {"job_directives_skip": ["-cwd"], "job_extra_directives": [option]}
+        chosen = params(workers=1, cluster="dask_jobqueue.SGECluster", cluster_kwargs=keywords | more)
+        never = pytest.raises(EnvironmentFault, match=f"would never start: .*{reason}")
+        with never, cluster(chosen, cores=2, root=tmp_path):
+            pass
+    assert dask_jobs.open_jobs(tmp_path) == []
+    assert call("qstat") == ""
+
+
 def test_jobs_of_a_killed_driver_are_cancelled(slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the folder alone, and by the next start; jobs of a driver that may live are left to it."""
     call = slurm_of(slurm, monkeypatch)

@@ -605,7 +605,8 @@ def test_a_refused_array_waits_for_others_of_the_run(commands: Callable[..., Pat
     assert not any(outcome.retried for outcome in outcomes)
     assert (folder / "asked").read_text().split() == ["3", *["2"] * 3], "three refusals"
     tables = [path for path in (tmp_path / "arrays").glob("*.json") if path.stem != "queue"]
-    assert len(tables) == len(list((tmp_path / "logs").iterdir())) == 1
+    assert len(tables) == 1
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {tables[0].stem, "1"}, "and the link by its id"
     assert not pool._log.read().jobs
 
 

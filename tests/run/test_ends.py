@@ -13,7 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsiflow.run.executor import bounds, element, ends, jobs, lifetime
+from wsiflow.errors import EnvironmentFault
+from wsiflow.run.executor import bounds, element, ends, jobs, lifetime, submission
 from wsiflow.run.executor.bounds import Bounds
 from wsiflow.run.executor.dialect import ArrayParams, Charge, Given, Seen
 from wsiflow.run.executor.ends import End, Requests, Told
@@ -58,7 +59,7 @@ def qacct(failed: str, exit_status: int, maxvmem: str, wallclock: str = "12s") -
         ("slurm", "JobState=NODE_FAIL Reason=NodeDown ExitCode=0:9", "", "node"),
         ("slurm", "JobState=TIMEOUT Reason=TimeLimit ExitCode=0:9", "", "time"),
         ("slurm", "JobState=FAILED Reason=NonZeroExitCode ExitCode=0:9", "", "memory"),
-        ("slurm", "JobState=DEADLINE Reason=DeadLine ExitCode=0:0", "", "time"),
+        ("slurm", "JobState=DEADLINE Reason=DeadLine ExitCode=0:1", "", "cancelled"),
         ("sge", qacct("100 : assumedly after job", 137, "3.9G"), "", "memory"),
         ("sge", qacct("100 : assumedly after job", 137, "310.5M"), "", "killed"),
         ("sge", qacct("37  : qmaster enforced h_rt, h_cpu, or h_vmem limit", 137, "1.0G", "3590s"), "", "time"),
@@ -99,9 +100,30 @@ def test_grid_engine_tells_why_jobs_wait_and_why_they_are_in_error() -> None:
         'queue instance "all.q@vm" dropped because it is full; '
         '(-l mem_free=100000G) cannot run at host "vm" because it offers only hl:mem_free=22.060G'
     )
+    others = 'queue instance "b.q@vm" dropped because it is full\ncannot run in queue "c.q" because it is not contained'
+    asked = ['queue instance "a.q@vm" dropped because it is disabled', "cannot run because it exceeds limit"]
+    text = "scheduling info:            " + "\n                            ".join([*others.split("\n"), *asked])
+    for partition in ("a.q", "a.q@@fast,d.q", "a*"):
+        assert dialect.explained(text, partition) == "; ".join(asked), "nothing of queues that were not asked for"
+    assert dialect.explained(text).count(";") == 3
+    refused = submission.refusal(
+        jobs.Answer([], 1, "", f"Job 1 {others}\nJob 1 exceeds limit"), params("sge", partition="a.q")
+    )
+    assert refused == "Job 1 exceeds limit"
     assert dialect.explained(OFF) == "(Collecting of scheduler job information is turned off)"
     assert dialect.cause("Eqw", "", began=False, reason=dialect.explained(QSTAT_J)) == "start"
     assert dialect.cause("Eqw", "", began=False, reason="") == "node"
+
+
+def test_grid_engine_tells_what_it_can_never_run() -> None:
+    """A load value, which it takes for unknown while it tests, is no reason."""
+    dialect = params("sge").dialect
+    slots = 'Job 15 cannot run in PE "smp" because it only offers 0 slots'
+    assert dialect.never_runs(f"{slots}\nverification: no suitable queues\n") == slots
+    load = 'Job 14 (-l mem_free=1G) cannot run in queue "all.q@vm" because job requests unknown resource (mem_free)'
+    assert dialect.never_runs(f"{load}\nverification: no suitable queues\n") == ""
+    assert dialect.never_runs("verification: found suitable queue(s)\n") == ""
+    assert params("slurm").dialect.never_runs(slots) == ""
 
 
 PENDS = """\
@@ -116,6 +138,8 @@ def test_pbs_and_lsf_tell_why_jobs_wait() -> None:
     """The comment of PBS and the pending reasons of LSF, as they are documented."""
     comment = "    Job_Name = a\n    comment = Not Running: Insufficient amount of resource: ncpus\n"
     assert params("pbs").dialect.explained(comment) == "Not Running: Insufficient amount of resource: ncpus"
+    assert not params("pbs").dialect.is_hopeless("Not Running: Insufficient amount of resource: ncpus")
+    assert params("pbs").dialect.is_hopeless("Can Never Run: Insufficient amount of resource: ncpus (R: 99 A: 8 T: 8)")
     assert params("lsf").dialect.explained(PENDS) == (
         "Queue's resource requirements not satisfied:3 hosts; Unable to reach slave lsbatch server: 1 host"
     )
@@ -129,6 +153,7 @@ def test_pbs_and_lsf_tell_why_jobs_wait() -> None:
         ("BadConstraints", True, False),
         ("Job's account not known, so it can't use this partition (closed allows lab)", True, False),
         ("AccountNotAllowed", True, False),
+        ("Job's QOS not permitted to use this partition (long allows special not normal)", True, False),
         ("InvalidQOS", True, False),
         ("QOSMaxWallDurationPerJobLimit", True, False),
         ("AssocMaxMemPerJob", True, False),
@@ -183,6 +208,30 @@ def test_an_element_with_more_than_was_requested_counts() -> None:
     assert asked.of(tries) == Request(32000, 60)
 
 
+def test_preemption_costs_no_try() -> None:
+    """However often it happens, the same is requested again; a node that fails is one of the tries."""
+    asked = requests(Bounds(), retries=0)
+    assert asked.after(Tries(3, 1, 1), "preempted", REQUEST) == Tries(3, 1, 1)
+    assert asked.after(Tries(), "node", REQUEST) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "why"),
+    [
+        ("slurm", "PREEMPTED\n", "preempted"),
+        ("slurm", "PREEMPTED\nNODE_FAIL\n", "node"),
+        ("slurm", "", "node"),
+        ("sge", "PREEMPTED\n", "node"),
+    ],
+)
+def test_why_an_element_was_requeued_is_that_of_its_last_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str, why: str
+) -> None:
+    """Where accounts tell it; without them it is the node."""
+    monkeypatch.setattr(jobs, "call", lambda command: jobs.Answer(command, 0 if said else 1, said, ""))
+    assert ends.why_requeued(params(name), {"job": "9", "index": 3}) == why
+
+
 @pytest.mark.parametrize(
     ("cause", "limits", "changed", "remedy"),
     [
@@ -216,6 +265,7 @@ def test_the_remedy_names_the_bound_that_was_met(
 def test_bounds_are_those_of_the_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the one that is named in the key, in ``extra`` or by sbatch's variable, else of the default one."""
     sinfo = "short|2:00:00|8|32000\nmain*|7-00:00:00|16|64000\nmain*|7-00:00:00|64|256000\nbig|infinite|128|1000000\n"
+    sinfo += "empty|infinite|0|0\n"
     monkeypatch.setattr(jobs, "call", lambda command: jobs.Answer(command, 0, sinfo, ""))
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
     assert bounds.read(params("slurm")) == Bounds(256000, 10080, 64, "of main")
@@ -223,6 +273,8 @@ def test_bounds_are_those_of_the_partition(monkeypatch: pytest.MonkeyPatch) -> N
     assert bounds.read(params("slurm", extra=("-p", "short,big"))).minutes == math.inf
     assert bounds.read(params("slurm", extra=("--partition=short",))).cores == 8
     assert bounds.read(params("slurm", partition="unknown")) == Bounds()
+    with pytest.raises(EnvironmentFault, match=r"there is no node of empty; name another executor\.array"):
+        bounds.read(params("slurm", partition="empty")).require(memory_mb=1, minutes=1, threads=1)
     monkeypatch.setenv("SBATCH_PARTITION", "short")
     assert bounds.read(params("slurm")).where == "of short"
     qhost = (

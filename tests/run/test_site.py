@@ -1,13 +1,29 @@
 """Array jobs at a site: a real Slurm of several nodes that keeps accounts, whose jobs are preempted and nodes fail."""
 
+import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from array_runs import Running, began, call, events, job_of, pairs, settings, squares, wait_for, write_source
+from array_runs import (
+    Running,
+    began,
+    call,
+    events,
+    job_of,
+    pairs,
+    pieces_of,
+    settings,
+    squares,
+    wait_for,
+    write_source,
+)
+from small_runs import wsiflow
+from test_arrays import SLURM, line, published
 
 from wsiflow.run.executor import jobs, lifetime
 
@@ -114,3 +130,18 @@ def test_elements_that_are_preempted_for_good_are_replaced(tmp_path: Path, caplo
     assert {(line["memory_mb"], line["minutes"]) for line in events(tmp_path, "intent")} == {(200, 5)}
     assert caplog.text.count("was lost (preempted: JobState=PREEMPTED") == 4
     assert not jobs.JobLog(tmp_path).read().jobs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("WSIFLOW_ARRAY_SLIDES" not in os.environ, reason="two minutes: make test-full")
+def test_a_preempted_run_publishes_the_same_bytes(small_slides: Path, tmp_path: Path) -> None:
+    """The whole line, whose elements are cancelled for other jobs while they predict."""
+    assert wsiflow(*line(small_slides, tmp_path / "inline")) == 0
+    out = tmp_path / "run"
+    more = [*SLURM, "executor.array.partition=spot", "executor.array.retries=0"]
+    driver = subprocess.Popen([sys.executable, "-m", "wsiflow.flows", "run", *line(small_slides, out, *more)])
+    wait_for(lambda: len(pieces_of(out, "predict")) > 2)
+    preempt(4)
+    assert driver.wait(500) == 0
+    assert published(out) == published(tmp_path / "inline")
+    assert '"exit_class": "preempted"' in (out / "attempts.jsonl").read_text()

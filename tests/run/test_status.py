@@ -67,10 +67,11 @@ def test_before_there_is_a_plan_the_slides_are_counted(copied: Path, capsys) -> 
 def test_what_waits_in_a_queue_is_shown_before_there_is_a_plan(copied: Path, capsys) -> None:
     """The arrays that the driver saw last, with the scheduler's reasons; ``explain`` shows them too, and progress."""
     (copied / "plan.json").unlink()
-    queued = waiting.Queued("17", {"Resources": 2, "Priority": 3}, 4, 4000, 60)
+    queued = waiting.Queued("17", {"Resources": 2, "Priority": 3}, 4, 4000, 60, "logs/17")
     (copied / "arrays").mkdir()
     waiting.write(copied, waiting.View("2026-01-02T03:04:05+00:00", [queued]))
-    line = "array job 17: 5 wait (Resources, Priority), 4 run (4,000 MB, 60 min each), as of 2026-01-02T03:04:05+00:00"
+    line = "array job 17: 5 wait (Resources, Priority), 4 run "
+    line += "(4,000 MB, 60 min each; logs in logs/17), as of 2026-01-02T03:04:05+00:00"
     assert line in said(copied, capsys)
     assert cli.main(["explain", str(copied), "normal_001"]) == 20
     assert line in capsys.readouterr().out

@@ -10,6 +10,7 @@ from small_runs import attempts, over
 
 from flows import cli as command
 from wsiflow.run import trace
+from wsiflow.run.executor import driver
 from wsiflow.run.executor.protocol import Outcome
 from wsiflow.run.stages.work import run_slice
 from wsiflow.system.usage import Meter
@@ -57,6 +58,17 @@ def test_what_is_heard_of_twice_is_one_row(root: Path) -> None:
     with (root / "attempts.jsonl").open("a") as stream:
         stream.write('{"stage": "pre')
     assert trace.attempts(root) == before
+
+
+def test_what_an_earlier_driver_noted_is_not_noted_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restarted driver reads again what elements wrote of arrays that are open; what is new of it is noted."""
+    monkeypatch.setattr(driver, "since", lambda _root: "2026-01-02")
+    noted = (root / "attempts.jsonl").read_text()
+    again = fine(2, used("00:20", "01:20", pid=2, cpu_s=50.0))._replace(retried=True)
+    trace.note(root, "predict", "b", 2, again)
+    assert (root / "attempts.jsonl").read_text() == noted
+    trace.note(root, "predict", "b", 3, again._replace(task=3))
+    assert len((root / "attempts.jsonl").read_text().splitlines()) == len(noted.splitlines()) + 1
 
 
 def test_the_three_statistics_of_the_reference(root: Path) -> None:

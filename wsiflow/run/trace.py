@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,10 +46,14 @@ _CLASSES = {0: "ok", 20: "input", 30: "environment", 40: "integrity", 50: "bug"}
 _LOG = "attempts.jsonl"
 _END_BYTES = 8_000_000  # more than ten thousand attempts
 _lock = threading.Lock()
+_before: dict[Path, tuple[str, set[tuple[Any, ...]]]] = {}  # by run: when its driver began, what was noted before
 
 
 def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> None:
     """Append an attempt to the run's log, unless the task was already done and nothing was executed.
+
+    An outcome that an earlier driver has noted, and that a restarted one reads again where elements wrote it, is not
+    noted twice.
 
     Args:
         root: The run's folder.
@@ -65,26 +70,42 @@ def note(root: Path, stage: str, slide: str, group: int, outcome: Outcome) -> No
     row["exit_code"], row["driver"] = outcome.exit_code, driver.since(root)
     row["exit_class"] = used.get("exit_class") or _CLASSES.get(outcome.exit_code, "")
     with _lock:
+        if outcome.retried and _identity(row) in _noted_before(root):
+            return
         publish.append_line(root / _LOG, json.dumps(row))
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells an attempt from all others: its task, its process and when it started."""
+    return tuple(entry.get(name) for name in ("stage", "slide", "group", "host", "pid", "started"))
+
+
+def _noted_before(root: Path) -> set[tuple[Any, ...]]:
+    """Return the attempts that were noted when this driver first asked; the log is read once."""
+    since = driver.since(root)
+    if root not in _before or _before[root][0] != since:
+        _before[root] = since, {_identity(entry) for entry in _lines(root) if entry.get("started")}
+    return _before[root][1]
+
+
+def _lines(root: Path) -> Iterator[dict[str, Any]]:
+    """Yield what `note` wrote, in the log's order."""
+    with suppress(FileNotFoundError), (root / _LOG).open(encoding="utf-8") as stream:
+        yield from _entries(stream)
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:
     """Return every logged attempt with the columns of `COLUMNS`, its clock and its driver, in the log's order."""
-    path = root / _LOG
-    if not path.exists():
-        return []
     rows: list[dict[str, Any]] = []
     seen: set[tuple[Any, ...]] = set()
     counts: dict[tuple[str, str, int], int] = {}
-    with path.open(encoding="utf-8") as stream:
-        for entry in _entries(stream):
-            task = (entry["stage"], entry["slide"], entry["group"])
-            attempt = (*task, entry.get("host"), entry.get("pid"), entry.get("started"))
-            if entry.get("started") and attempt in seen:  # a restarted driver logs it again
-                continue
-            seen.add(attempt)
-            counts[task] = counts.get(task, 0) + 1
-            rows.append(_row(entry, counts[task]))
+    for entry in _lines(root):
+        task, attempt = (entry["stage"], entry["slide"], entry["group"]), _identity(entry)
+        if entry.get("started") and attempt in seen:  # restarted drivers of former versions noted it again
+            continue
+        seen.add(attempt)
+        counts[task] = counts.get(task, 0) + 1
+        rows.append(_row(entry, counts[task]))
     return rows
 
 

@@ -35,7 +35,7 @@ from wsiflow.run.executor.pieces import FOLDER, Call, Piece, Request, Tries
 from wsiflow.run.executor.protocol import Outcome, Site, Slice, Work
 from wsiflow.run.executor.queue_watch import QueueWatch
 from wsiflow.run.executor.submitter import Nodes, Submitter
-from wsiflow.run.executor.watch import LOGS, Array, Element, Files, Poll, Queue
+from wsiflow.run.executor.watch import Array, Element, Files, Poll, Queue, logs_of
 from wsiflow.system import publish
 from wsiflow.system.notes import NOTES
 from wsiflow.system.usage import now
@@ -373,11 +373,11 @@ class ArrayJobs:
         if fruitless and not present and self._request(again) != request:
             self._post_again(waiting, next(reversed(fruitless.values())).cause, request)
             return
-        stages = ", ".join(dict.fromkeys(self._posted[name].piece.call.stage for name in waiting))
+        stages = [*dict.fromkeys(self._posted[name].piece.call.stage for name in waiting)]
         while needed > 0:
-            name = f"{self._form.job_name()}-{uuid.uuid4().hex[:12]}"
+            name = f"{self._form.job_name()}-{stages[0]}-{uuid.uuid4().hex[:12]}"
             size = self._queue.take(name, needed, longest=self._submitter.longest())
-            if not size or not self._submit(name, request, size, stages):
+            if not size or not self._submit(name, request, size, ", ".join(stages)):
                 return
             needed -= size
 
@@ -407,8 +407,8 @@ class ArrayJobs:
             self._give_up(names, fault.failure, "cancelled")
             return
         array, end = next(reversed(self._fruitless[request].items()))
-        log = self._root / LOGS / array / f"{self._dialect.base}.log"
         job = next((line["job"] for line in self._log.lines() if line.get("name") == array and "job" in line), "")
+        log = logs_of(self._root, array, job) / f"{self._dialect.base}.log"
         native, count = self._dialect.whole.format(job=job), len(self._fruitless[request])
         cause = ends.describe(end, native=native, times=count, request=request, log=log)
         fault = EnvironmentFault(f"no element for it did any work: {cause}", self._requests.remedy(end.cause))

@@ -49,6 +49,8 @@ class Bounds(NamedTuple):
         Raises:
             EnvironmentFault: It exceeds a bound.
         """
+        if not self.memory_mb:
+            raise EnvironmentFault(f"there is no node {self.where}", "name another executor.array.partition")
         for what, value, bound, key in (
             ("MB", memory_mb, self.memory_mb, "executor.array.memory_mb"),
             ("cores", threads, self.cores, "executor.threads"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsiflow.run.executor import jobs
+from wsiflow.run.executor.dialect import Dialect, expand
 from wsiflow.system import processes, publish
 from wsiflow.system.processes import Process
 from wsiflow.system.usage import now
@@ -17,6 +18,7 @@ from wsiflow.system.usage import now
 LOG = f"{publish.RECEIPTS}/dask_jobs.jsonl"
 
 _DRIVER_S = 10.0
+_ASKED = 8  # jobs at a time for which it is asked why they wait
 
 
 class DaskJob(NamedTuple):
@@ -109,10 +111,20 @@ def own(root: Path) -> list[DaskJob]:
     return [job for job in open_jobs(root) if job.driver == processes.current()]
 
 
-def reasons(listed: Sequence[DaskJob]) -> list[str]:
-    """Return why the jobs wait that have not started, in the words of Slurm; for other schedulers nothing is known."""
-    ids = ",".join(job.job for job in listed if job.cancel[0].endswith("scancel"))
-    if not ids:
-        return []
-    answer = jobs.call(["squeue", "--noheader", "--states=PENDING", f"--jobs={ids}", "--format=%r"])
-    return sorted({line.strip() for line in answer.stdout.splitlines() if line.strip()})
+def reasons(listed: Sequence[DaskJob], dialect: Dialect) -> list[str]:
+    """Return why the jobs wait that have not started, in the words of their scheduler; empty where it tells nothing."""
+    found: set[str] = set()
+    for job in listed[:_ASKED]:
+        answer = jobs.call(expand(dialect.reasons, {"whole": job.job}))
+        found.add(dialect.explained("" if answer.returncode else answer.stdout))
+    return sorted(filter(None, found))
+
+
+def never_starts(job: DaskJob, dialect: Dialect, reason: str) -> str:
+    """Return why a job that waits for some reason will never start; empty where it may."""
+    if dialect.is_hopeless(reason) or dialect.cause("", "", began=False, reason=reason) == "start":
+        return reason
+    if not dialect.verify:
+        return ""
+    answer = jobs.call(expand(dialect.verify, {"whole": job.job}))
+    return dialect.never_runs(answer.stdout + answer.stderr)

@@ -5,6 +5,7 @@ and is run without a shell. An argument may contain placeholders. An argument th
 such as ``{extra}``, is replaced by all arguments of that list.
 """
 
+import fnmatch
 import math
 import re
 import shlex
@@ -115,7 +116,17 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         description="Pattern that finds partition, default, time, cores and memory there, as far as it tells them.",
     )
     reasons: tuple[str, ...] = Field(
-        default=(), description="Command that tells why {job} waits, where the queue does not list it."
+        default=(),
+        description="Command that tells why {whole}, an array or any other job, waits, where the queue does not list "
+        "it; for jobs that are no arrays also where it does.",
+    )
+    of_queue: str = Field(
+        default="",
+        description="Pattern that finds queue, the one that a line of a reason or refusal is about. Lines about other "
+        "queues than executor.array.partition are left out.",
+    )
+    verify: tuple[str, ...] = Field(
+        default=(), description="Command that tells of {whole}, which waits, where it is unmet."
     )
     reason: str = Field(default="", description="Pattern that finds reason in what that command prints.")
     hopeless: str = Field(default="", description="Pattern of reasons for waiting that no waiting cures.")
@@ -173,7 +184,21 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         return _compiled(value)
 
     @field_validator(
-        *("full", "wrong", "bound", "reason", "hopeless", "held", "lives", "words", "peak", "elapsed", "charge", "by")
+        *(
+            "full",
+            "wrong",
+            "bound",
+            "reason",
+            "hopeless",
+            "held",
+            "lives",
+            "words",
+            "peak",
+            "elapsed",
+            "charge",
+            "by",
+            "of_queue",
+        )
     )
     @classmethod
     def _is_new_pattern(cls, value: str) -> str:
@@ -300,10 +325,29 @@ class Dialect(BaseModel, frozen=True, extra="forbid"):
         """Tell whether elements that wait for this reason start only when somebody acts."""
         return bool(self.held and re.search(self.held, reason))
 
-    def explained(self, text: str) -> str:
-        """Return why an array waits, from the output of ``reasons``; empty where it does not tell."""
+    def explained(self, text: str, partition: str | None = None) -> str:
+        """Return why an array for a partition waits, from the output of ``reasons``; empty where it does not tell."""
         found = re.finditer(self.reason, text, re.MULTILINE) if self.reason else ()
-        return "; ".join(dict.fromkeys(match["reason"].strip() for match in found))
+        return "; ".join(dict.fromkeys(self.of_partition([match["reason"].strip() for match in found], partition)))
+
+    def of_partition(self, lines: Sequence[str], partition: str | None) -> Sequence[str]:
+        """Return the lines of what a scheduler says that are not about other partitions; all where none is left."""
+        if not self.of_queue or not partition:
+            return lines
+        wanted = [name.partition("@")[0] for name in partition.split(",")]
+        queues = [match["queue"] if (match := re.search(self.of_queue, line)) else "" for line in lines]
+        of_these = [
+            line
+            for line, queue in zip(lines, queues, strict=True)
+            if not queue or any(fnmatch.fnmatchcase(queue, name) for name in wanted)
+        ]
+        return of_these or lines
+
+    def never_runs(self, text: str) -> str:
+        """Return why nothing here can ever run a job, from the output of ``verify``; empty where it may run."""
+        lines = [line.strip() for line in text.splitlines() if re.search(self.unmet, line)]
+        is_sure = self.unmet and not re.search("unknown resource", text)  # which is one that hosts measure
+        return lines[0] if lines and is_sure else ""
 
     def longest(self, text: str) -> int:
         """Return the largest number of elements of an array from the output of ``limit``; 0 where it has none."""

@@ -62,9 +62,9 @@ class QueueWatch:
             return
         for array in arrays:
             found = {
-                place: seen.reason
+                place: reason
                 for place, seen in self._pending(array, poll)
-                if self._dialect.is_hopeless(seen.reason)
+                if self._dialect.is_hopeless(reason := seen.reason or self.reason_of(array))
             }
             if not found:
                 self._hopeless_since.pop(array.name, None)
@@ -83,8 +83,8 @@ class QueueWatch:
         if time.monotonic() - asked_s < _REASON_S:
             return reason
         try:
-            answer = jobs.call(expand(self._dialect.reasons, {"job": array.job}))
-            reason = "" if answer.returncode else self._dialect.explained(answer.stdout)
+            answer = jobs.call(expand(self._dialect.reasons, {"whole": self._dialect.whole.format(job=array.job)}))
+            reason = "" if answer.returncode else self._dialect.explained(answer.stdout, self._params.partition)
         except EnvironmentFault:
             reason = ""
         self._reasons[array.name] = time.monotonic(), reason
@@ -115,4 +115,5 @@ class QueueWatch:
                 reasons[_SUBMITTED] += 1
             elif seen is not None and self._dialect.is_alive(seen.state) and not self._is_waiting(seen):
                 running += 1
-        return Queued(array.job, dict(reasons), running, *array.request)
+        logs = array.logs.relative_to(self._root).as_posix()
+        return Queued(array.job, dict(reasons), running, *array.request, logs)

@@ -97,16 +97,17 @@ class Form(NamedTuple):
             return ""
         answer = self.test(command)
         is_unmet = answer.returncode and re.search(dialect.unmet, answer.stdout + answer.stderr)
-        return refusal(answer) if is_unmet else ""
+        return refusal(answer, self.params) if is_unmet else ""
 
     def test(self, command: Sequence[str]) -> jobs.Answer:
         """Have the scheduler test a command without submitting anything."""
         return jobs.call([command[0], *self.params.dialect.test, *command[1:]], self.environ())
 
 
-def refusal(answer: jobs.Answer) -> str:
-    """Return what a scheduler says of a command that it refused, in one line."""
-    return " ".join((answer.stderr.strip() or answer.stdout.strip() or "no reason is given").split())
+def refusal(answer: jobs.Answer, params: ArrayParams) -> str:
+    """Return what a scheduler says of a command that it refused, in one line, as far as it is about its partition."""
+    lines = (answer.stderr.strip() or answer.stdout.strip() or "no reason is given").splitlines()
+    return " ".join(" ".join(params.dialect.of_partition(lines, params.partition)).split())
 
 
 def preview(form: Form, request: Request, size: int) -> str:
@@ -147,7 +148,7 @@ def _tested(form: Form, name: str, script: str, request: Request, size: int) -> 
         own.write_text(script, encoding="utf-8")
         tested = form.command(name, size, request, form.root / "logs" / name, for_test=True)
         answer = form.test([str(own) if part == str(form.script) else part for part in tested])
-    said = refusal(answer)
+    said = refusal(answer, form.params)
     if answer.returncode and (not dialect.unmet or re.search(dialect.unmet, answer.stdout + answer.stderr)):
         raise EnvironmentFault(f"{dialect.name} would refuse this: {said}", "correct executor.array")
     return [f"{dialect.name:<10} {said}"]

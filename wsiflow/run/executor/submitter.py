@@ -18,7 +18,7 @@ from wsiflow.run.executor import jobs, submission
 from wsiflow.run.executor.jobs import JobLog
 from wsiflow.run.executor.pieces import FOLDER, Request
 from wsiflow.run.executor.queue_watch import QueueWatch
-from wsiflow.run.executor.watch import LOGS, Array, Queue
+from wsiflow.run.executor.watch import LOGS, Array, Queue, link_logs
 from wsiflow.system import publish
 from wsiflow.system.notes import NOTES
 from wsiflow.system.usage import now
@@ -113,7 +113,8 @@ class Submitter:
             return None
         self._log.append("job", name=name, job=job)
         elements = f"{size:,} element{'s' * (size != 1)} of {request.memory_mb:,} MB and {request.minutes:,} min"
-        NOTES.info("submitted  array job %s for %s: %s; logs in %s", job, stages, elements, self._root / LOGS / name)
+        logs = link_logs(self._root, name, job)
+        NOTES.info("submitted  array job %s for %s: %s; logs in %s", job, stages, elements, logs)
         if self._is_stopped():  # a cancellation may have listed the queue before the array was there
             jobs.drop(self._dialect, [self._dialect.whole.format(job=job)])
         return Array(self._root, name, job, table)
@@ -141,7 +142,7 @@ class Submitter:
             if self._is_wrong(answer):
                 break
         self._log.append("ended", name=name)
-        refusal = submission.refusal(answer)
+        refusal = submission.refusal(answer, self._params)
         if self._is_wrong(answer):
             raise self._refused(size, refusal)
         is_full = bool(self._dialect.full and re.search(self._dialect.full, refusal))
@@ -153,7 +154,7 @@ class Submitter:
 
     def _is_wrong(self, answer: jobs.Answer) -> bool:
         """Tell whether the scheduler refused for a reason that no waiting cures."""
-        return bool(self._dialect.wrong and re.search(self._dialect.wrong, submission.refusal(answer)))
+        return bool(self._dialect.wrong and re.search(self._dialect.wrong, submission.refusal(answer, self._params)))
 
     def _test(self, name: str, size: int, request: Request) -> None:
         """Have a scheduler test a request that would accept what it can never meet.

@@ -22,6 +22,7 @@ class Queued(NamedTuple):
         waiting: Number of elements that wait, by the scheduler's reason.
         running: Number of elements that run.
         memory_mb, minutes: What each of them requested.
+        logs: Folder of their logs in the run's folder; empty where a former version has not recorded it.
     """
 
     job: str
@@ -29,10 +30,12 @@ class Queued(NamedTuple):
     running: int
     memory_mb: int
     minutes: int
+    logs: str = ""
 
     def as_text(self) -> str:
         """Return the array in words."""
-        return f"array job {self.job}: {counts([self])} ({self.memory_mb:,} MB, {self.minutes:,} min each)"
+        about = f"{self.memory_mb:,} MB, {self.minutes:,} min each" + f"; logs in {self.logs}" * bool(self.logs)
+        return f"array job {self.job}: {counts([self])} ({about})"
 
 
 class View(NamedTuple):

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,26 @@ from wsiflow.system.processes import Process
 _logger = logging.getLogger(__name__)
 
 LOGS = "logs"
+"""Folder of the logs of elements: one for each array, and a link to it by the scheduler's id of the job."""
 
 _WINDOW_PARTS = 8  # while pieces wait, no array is smaller than such a part: elements are not submitted singly
 _LONGEST_POLL_S = 300.0
+
+
+def link_logs(root: Path, name: str, job: str) -> Path:
+    """Link the folder of an array's logs by its job's id, and return the link; the folder where disks have none."""
+    with suppress(OSError):
+        (root / LOGS / job).symlink_to(name)
+    return logs_of(root, name, job)
+
+
+def logs_of(root: Path, name: str, job: str) -> Path:
+    """Return the folder of an array's logs, by its job's id where there is such a link."""
+    link = root / LOGS / job
+    with suppress(OSError):  # no link, or one that another scheduler's job of the same number has
+        if job and str(link.readlink()) == name:
+            return link
+    return root / LOGS / name
 
 
 class Poll(NamedTuple):
@@ -308,7 +326,7 @@ class Array:
         """Take the elements from the table; each is open until it has ended or is lost."""
         self.name, self.job, self.table = name, job, table
         self.request = Request(**table["request"])
-        self.logs, self._folder = root / LOGS / name, root / FOLDER / name
+        self.logs, self._folder = logs_of(root, name, job), root / FOLDER / name
         self.since = time.monotonic()
         size = table["elements"] if "elements" in table else len(table["slices"])  # the latter in older folders
         self.open = [Element(Place(name, table["base"] + i)) for i in range(size)]
