@@ -118,6 +118,7 @@ def cluster(params: ExecutorParams, *, cores: int, root: Path) -> "Iterator[Clie
 
     with (
         tempfile.TemporaryDirectory(prefix="wsiflow-dask-") as scratch,
+        stopping.at_stop(lambda: shutil.rmtree(scratch, ignore_errors=True), last=True),
         dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_WORKER_TIMEOUT}),
         jobqueue.private((params.dask or DaskParams()).cluster_kwargs, root) as kwargs,
         ExitStack() as ends,
@@ -125,16 +126,15 @@ def cluster(params: ExecutorParams, *, cores: int, root: Path) -> "Iterator[Clie
     ):
         client = _client(runner, params.dask or DaskParams())
         ends.callback(jobqueue.remove_certificates, client.cluster)
-        with stopping.at_stop(lambda: _end(client, scratch, root)), _staffed(client, params, root):
+        with stopping.at_stop(lambda: _end(client, root)), _staffed(client, params, root):
             yield client
 
 
-def _end(client: "Client", scratch: str, root: Path) -> str | None:
+def _end(client: "Client", root: Path) -> str | None:
     """End a cluster that was started here, with its processes, or with its jobs at a scheduler."""
     ended = jobqueue.cancel(root)
     if client.cluster is not None:
         client.cluster.close()
-    shutil.rmtree(scratch, ignore_errors=True)
     return ended
 
 
