@@ -17,6 +17,8 @@ from wsiflow.system.usage import Spending
 
 from . import cli, logs, stopping, terminal
 
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
+
 
 def command() -> int:
     """Run the command of this process, and return the exit code with which the process ends."""
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Spending.started_for_runs()
     open_closed_streams()
     ensure_home()
+    reach_own_servers()
     try:
         arguments, level = logs.without_options(arguments)
         if arguments[:1] == ["element"]:  # its scheduler ends it, and knows what signals mean
@@ -88,6 +91,15 @@ def ensure_home() -> None:
     with contextlib.suppress(OSError):
         os.environ["HOME"] = tempfile.mkdtemp(prefix="wsiflow-home-")
         atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+
+
+def reach_own_servers() -> None:
+    """Keep a proxy from requests to servers on this machine, which only this machine can reach."""
+    if not any(name.lower().endswith("_proxy") and value for name, value in os.environ.items()):
+        return
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    direct = ",".join(dict.fromkeys([*filter(None, others.split(",")), *_THIS_MACHINE]))
+    os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), direct)
 
 
 if __name__ == "__main__":

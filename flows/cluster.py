@@ -119,6 +119,7 @@ def cluster(params: ExecutorParams, *, cores: int, root: Path) -> "Iterator[Clie
 
     with (
         tempfile.TemporaryDirectory(prefix="wsiflow-dask-") as scratch,
+        stopping.at_stop(lambda: shutil.rmtree(scratch, ignore_errors=True), last=True),
         dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_WORKER_TIMEOUT}),
         jobqueue.private((params.dask or DaskParams()).cluster_kwargs, root) as kwargs,
         ExitStack() as ends,
@@ -129,18 +130,17 @@ def cluster(params: ExecutorParams, *, cores: int, root: Path) -> "Iterator[Clie
         has_jobs = (params.dask or DaskParams()).cluster.startswith(jobqueue.PREFIX)
         unfinished = jobs.may_be_left(root) if has_jobs else ""
         with (
-            stopping.at_stop(lambda: _end(client, scratch, root), unfinished=unfinished),
+            stopping.at_stop(lambda: _end(client, root), unfinished=unfinished),
             _staffed(client, params, root),
         ):
             yield client
 
 
-def _end(client: "Client", scratch: str, root: Path) -> str | None:
+def _end(client: "Client", root: Path) -> str | None:
     """End a cluster that was started here, with its processes, or with its jobs at a scheduler."""
     ended = jobqueue.cancel(root)
     if client.cluster is not None:
         client.cluster.close()
-    shutil.rmtree(scratch, ignore_errors=True)
     return ended
 
 

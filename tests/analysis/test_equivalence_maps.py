@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import overwrite
 
 from flows import cli
 from wsiflow.analysis.equivalence.maps import (
@@ -185,7 +186,7 @@ def test_a_missing_slide_is_named(two_settings: tuple[Path, Path], copied: Path)
 def test_lost_and_gained_lesions_are_told(two_settings: tuple[Path, Path], copied: Path) -> None:
     """A removed detection is lost, a distant one is gained, and a lesion without hit is lost."""
     name = "detections/tumor_001.csv"
-    (copied / name).write_text("0.9,2000,2000\n")
+    overwrite(copied / name, "0.9,2000,2000\n")
     path = copied / "evaluation/matches.json"
     matches = json.loads(path.read_text())
     (one,) = (one for one in matches["slides"] if one["slide_id"] == "tumor_001")

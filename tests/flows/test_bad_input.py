@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import overwrite
 from PIL import Image
 from small_runs import COARSE
 
@@ -492,6 +493,6 @@ def test_verify_finds_the_damaged_file(complete: Path, capsys) -> None:
     heat = complete / "heatmaps/good.tif"
     data = bytearray(heat.read_bytes())
     data[len(data) // 2] ^= 4
-    heat.write_bytes(data)
+    overwrite(heat, bytes(data))
     assert cli.main(["verify", str(complete)]) == 40
     assert "good.tif" in capsys.readouterr().err

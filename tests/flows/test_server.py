@@ -60,13 +60,20 @@ def test_a_temporary_server_ends_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_a_server_with_a_key_is_used_with_it_and_refused_without(prefect_home: Path, monkeypatch) -> None:
-    """Such a server is never replaced silently by a temporary one."""
+    """Such a server is never replaced silently by a temporary one. A proxy is not asked for it."""
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:open")
     with temporary_settings({PREFECT_HOME: prefect_home}), server._temporary_server(None) as url:
         monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")
         known = {PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: "admin:open"}
         with temporary_settings(known), server.chosen_server() as message:
             assert message == f"Prefect server: {url}"
+            monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+            for name, given in (("NO_PROXY", "example.org"), ("no_proxy", "")):
+                monkeypatch.setenv(name, given)
+            assert not server.answers(url)
+            command.reach_own_servers()
+            assert server.answers(url)
+            assert os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost,::1"
         refusal = pytest.raises(EnvironmentFault, match=r"refuses this user \(401\); set PREFECT_API_KEY")
         with temporary_settings({**known, PREFECT_API_AUTH_STRING: "admin:guessed"}), refusal:
             server.answers(url)

@@ -16,6 +16,7 @@ from typing import Any
 import browser
 import numpy as np
 import pytest
+from damage import overwrite
 from PIL import Image
 from serving import BIN
 from small_runs import COARSE, wsiflow
@@ -116,7 +117,7 @@ def test_a_missing_slide_is_named_and_its_overview_shown(
     root = tmp_path / "run"
     shutil.copytree(finished, root)
     gone = next(one.path for one in latest_plan(root).slides if one.slide_id == "tumor_002")
-    (root / "plan.json").write_text((root / "plan.json").read_text().replace(gone, f"{gone}.gone"))
+    overwrite(root / "plan.json", (root / "plan.json").read_text().replace(gone, f"{gone}.gone"))
     monkeypatch.setattr(server.Viewer, "serve_forever", lambda _self: None)
     assert view.main(view_arguments(root)) == 0
     out, err = capsys.readouterr()

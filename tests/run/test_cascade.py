@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import overwrite
 from small_models import with_statistics
 from small_runs import attempts, digests, over, wsiflow
 
@@ -106,7 +107,7 @@ def test_both_passes_are_charged_and_verified(cascaded: Path, capsys: pytest.Cap
     assert found["throughput.core_seconds_per_tile"] == pytest.approx(found["throughput.core_hours"] * 3600 / tiles)
     (cascaded_copy := cascaded.parent / "copy").mkdir()
     damaged = Path(shutil.copytree(cascaded, cascaded_copy / "run"))
-    (damaged / "first/heatmaps/normal_001.tif").write_bytes(b"no")
+    overwrite(damaged / "first/heatmaps/normal_001.tif", b"no")
     assert main(["verify", str(cascaded)]) == 0
     assert main(["verify", str(damaged)]) == 40
     assert "heatmaps/normal_001.tif" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from damage import overwrite
 from small_runs import attempts
 from torch import nn
 
@@ -188,8 +189,8 @@ def test_certificates_of_other_truth_and_of_earlier_versions_are_replaced(
     out = Path(shutil.copytree(usual, tmp_path / "run"))
     (certificate,), (receipt,) = (out / "certificates").iterdir(), (out / "receipts/certificates").iterdir()
     published, before = certificate.read_bytes(), attempts(out)
-    certificate.write_text('{"windows": {"expected": [0.5], "scores": [0.1]}}')
-    receipt.write_text(receipt.read_text().replace('"key": "', '"key": "f'))
+    overwrite(certificate, '{"windows": {"expected": [0.5], "scores": [0.1]}}')
+    overwrite(receipt, receipt.read_text().replace('"key": "', '"key": "f'))
     assert wsiflow(small_slides, out, "inference.stride=56", "inference.backend=openvino") == 0
     assert certificate.read_bytes() == published
     after = attempts(out)

@@ -14,6 +14,7 @@ import numpy as np
 import openslide
 import psutil
 import pytest
+from damage import overwrite
 from PIL import Image
 from small_runs import COARSE, attempts, digests, over, rows, wsiflow
 
@@ -297,7 +298,7 @@ def test_a_receipt_of_another_run_fails_its_slide(tiny_slides: Path, tiny_run: P
     """Its slide fails with exit code 40, so that no file of other settings is scored."""
     out = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     receipt = out / "receipts/detections/a.csv.json"
-    receipt.write_text(receipt.read_text().replace('"key": "', '"key": "f'))
+    overwrite(receipt, receipt.read_text().replace('"key": "', '"key": "f'))
     assert wsiflow(*over(tiny_slides, out)) == 40
     bad = [row for row in rows(out / "process_list.csv") if row["status"] == "failed"]
     assert [row["slide_id"] for row in bad] == ["a"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import overwrite
 
 from flows.compose import compose_config
 from wsiflow.errors import InputError, IntegrityError
@@ -208,11 +209,11 @@ def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
     """A plan with a setting that this version does not know is refused, and the setting is named."""
     path = publish_plan(tmp_path, make(slide("a")))
     text = path.read_text()
-    path.write_text(text.replace('"beyond": "stop"', '"beyond": "perhaps"'))
+    overwrite(path, text.replace('"beyond": "stop"', '"beyond": "perhaps"'))
     with pytest.raises(
         InputError, match=r"plan\.json: .* not those of this version \(on_excess: Input should be .*\); read"
     ):
         read_plan(path)
-    path.write_text(re.sub('"settings": .*', '"settings": null,', text))
+    overwrite(path, re.sub('"settings": .*', '"settings": null,', text))
     with pytest.raises(InputError, match=r"plan\.json: .*settings are not those of this version"):
         read_plan(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import overwrite
 from small_runs import COARSE, digests
 
 from flows import cli, compose, line
@@ -92,7 +93,7 @@ def test_where_links_cannot_be_files_are_copied(monkeypatch: pytest.MonkeyPatch,
     assert publish.done(tmp_path / "b", "patches/a/p1.h5", "k" * 64)
 
 
-@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"x" + DATA[1:]), lambda path: path.unlink()])
+@pytest.mark.parametrize("harm", [lambda path: overwrite(path, b"x" + DATA[1:]), lambda path: path.unlink()])
 def test_damage_to_a_shared_file_is_not_passed_on(tmp_path: Path, harm) -> None:
     """The next trial fails with the name of the damaged file, and with the remedy."""
     receipt, _ = make(tmp_path / "a", None)

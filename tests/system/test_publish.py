@@ -1,24 +1,30 @@
 """Files appear whole or not at all, once and with a receipt, wherever the process is ended."""
 
+import ctypes
+import errno
 import fcntl
 import itertools
 import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from damage import overwrite
 
 from wsiflow.errors import EnvironmentFault, IntegrityError
 from wsiflow.system import processes, publish
 
 KEY = "k" * 64
 DATA = b"scores" * 1000
+_DROP_CAPABILITY, _WRITE_ANYTHING = 24, 1  # PR_CAPBSET_DROP and CAP_DAC_OVERRIDE, which root has alone
 
 
 def make(root: Path, data: bytes = DATA) -> publish.Receipt:
@@ -36,6 +42,46 @@ def test_a_published_file_has_a_receipt_that_fits(tmp_path: Path) -> None:
     assert receipt["sha256"] == publish.file_sha256(tmp_path / "a/b.bin")
     assert json.loads(publish.receipt_path(tmp_path, "a/b.bin").read_text()) == receipt
     assert published(tmp_path) == {"a/b.bin": DATA}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_nobody_may_write_to_a_published_file(umask: int, tmp_path: Path) -> None:
+    """Who may read it follows from the umask; a program that opens it to change it fails, and it can be deleted."""
+    before = os.umask(umask)
+    try:
+        make(tmp_path)
+    finally:
+        os.umask(before)
+    files = [tmp_path / "a/b.bin", publish.receipt_path(tmp_path, "a/b.bin")]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o444 & ~umask] * 2
+    opened = subprocess.run(
+        [sys.executable, "-c", "import h5py, sys; h5py.File(sys.argv[1], 'r+')", str(files[0])],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        preexec_fn=lambda: ctypes.CDLL(None).prctl(_DROP_CAPABILITY, _WRITE_ANYTHING),
+    )
+    assert "Permission denied" in opened.stderr
+    publish.withdraw_other(tmp_path, "a/b.bin", "another")
+    assert published(tmp_path) == {}
+
+
+def test_a_disk_without_permissions_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be protected is published all the same; any other error is that of the file."""
+    for code in (errno.EPERM, errno.EOPNOTSUPP):
+        monkeypatch.setattr(Path, "chmod", _refusing(code))
+        publish.publish_bytes(tmp_path, f"{code}.bin", DATA, KEY, {"kind": "test"})
+        assert publish.done(tmp_path, f"{code}.bin", KEY)
+    monkeypatch.setattr(Path, "chmod", _refusing(errno.EIO))
+    with pytest.raises(EnvironmentFault, match=r"b\.bin.*Input/output error"):
+        make(tmp_path)
+
+
+def _refusing(code: int) -> Callable[..., None]:
+    def refuse(*_args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
 
 
 def test_attempts_may_be_written_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +330,7 @@ def test_attempts_with_other_bytes_stop_the_run_and_keep_both(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"x" + DATA[1:]), "size or SHA-256 is not that"),
+        (lambda path: overwrite(path, b"x" + DATA[1:]), "size or SHA-256 is not that"),
         (lambda path: path.unlink(), "no longer exists"),
     ],
 )
@@ -301,6 +347,7 @@ def test_damage_to_a_published_file_is_noticed(tmp_path: Path, damage, message: 
 def test_a_file_that_another_program_writes_is_not_called_damaged(tmp_path: Path) -> None:
     """HDF5 marks a file while it is open for writing, and takes the mark away: to delete it would be a loss."""
     make(tmp_path)
+    (tmp_path / "a/b.bin").chmod(0o644)
     with (tmp_path / "a/b.bin").open("r+b") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         other.write(b"open")
@@ -376,7 +423,7 @@ def test_files_of_similar_names_are_no_generations(tmp_path: Path) -> None:
 def test_an_invalid_receipt_is_named(tmp_path: Path, text: str) -> None:
     """For an empty, truncated or foreign receipt the message gives the remedy, and is not that of a defect."""
     make(tmp_path)
-    publish.receipt_path(tmp_path, "a/b.bin").write_text(text)
+    overwrite(publish.receipt_path(tmp_path, "a/b.bin"), text)
     with pytest.raises(IntegrityError, match=r"the receipt cannot be read .*delete it and a/b.bin, then run again"):
         publish.done(tmp_path, "a/b.bin", KEY)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import overwrite
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -142,7 +143,7 @@ def test_a_folder_keeps_no_secret_and_one_generation(tmp_path: Path) -> None:
     for again in (config, kept):
         assert cases.write_cases(root, again, []) == root / "cases.json"
     assert not [path for path in root.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
-    (root / "cases.json").write_text((root / "cases.json").read_text().replace(REDACTED, "joe:canary"))
+    overwrite(root / "cases.json", (root / "cases.json").read_text().replace(REDACTED, "joe:canary"))
     names = {cases.write_cases(root, config, []).name for _ in range(2)}
     assert names == {"cases.2.json"}
     assert {path.name for path in root.glob("config*.yaml")} == {"config.yaml"}

@@ -3,9 +3,10 @@
 A file is published in these steps. The caller writes and closes a private attempt file on the same file system, which
 is then verified by the caller's function, hashed, flushed to disk and hard-linked to its final name, or renamed where
 links cannot be, see `wsiflow.system.exclusive`. That fails if the name exists, so exactly one of any number of attempts
-wins. The receipt is published last, in the same way. A final name is never replaced and never opened for writing. An
-attempt that loses the race compares hashes: equal bytes are a success, different bytes an `IntegrityError`, and both
-files are kept.
+wins. The receipt is published last, in the same way. A final name is never replaced and never opened for writing. From
+then on nobody has the permission to write to the file, so that a program which opens it to change it fails. An attempt
+that loses the race compares hashes: equal bytes are a success, different bytes an `IntegrityError`, and both files are
+kept.
 
 A file is *done* when its receipt exists and has the requested key, and the size and the SHA-256 of the file are those
 of the receipt. A deleted file from which others were computed is an error. A deleted file that is only derived from
@@ -15,6 +16,7 @@ Every change of the file system calls `_effect` first, so that a test can end th
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +25,7 @@ import re
 import resource
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +45,9 @@ ATTEMPTS = ".attempts"
 SCRATCH = "WSIFLOW_SCRATCH"
 _NAME = re.compile(r"(?P<host>.*)-(?P<pid>[0-9]+)-(?P<space>[0-9a-f]{12})-(?P<born>[0-9]*)-[0-9a-f]{32}")
 RECEIPTS = "receipts"
+_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+# Of a disk that has no permissions, or where the file is another user's.
+_NO_MODES = {errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _REQUIRED_KEYS = frozenset({"path", "key", "sha256", "bytes", "attempt"})
 
 
@@ -518,7 +524,25 @@ def _link(source: Path, final: Path, sha256: str | None) -> None:
                 "report this: the same inputs must give the same bytes on one kind of machine",
                 path=final,
             ) from error
+    _protect(final)
     _sync(final.parent)
+
+
+def _protect(final: Path) -> None:
+    """Take from everybody the permission to write to a published file; it can still be deleted.
+
+    That comes after the hard link, which Linux refuses to users who may not write to a file that is another's, as all
+    files are on a disk that takes every user for nobody.
+    """
+    mode = stat.S_IMODE(final.stat().st_mode)
+    if not mode & _WRITE:  # another attempt has the name: whoever reads a slide takes a change of it for a change
+        return
+    _effect("chmod", final)
+    try:
+        final.chmod(mode & ~_WRITE)
+    except OSError as error:
+        if error.errno not in _NO_MODES:
+            raise
 
 
 def _sync(path: Path) -> None:
