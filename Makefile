@@ -6,7 +6,7 @@ STAMP := .venv/.current
 # Modules are compiled once, and not by every process that imports them, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-full check bench site release prefect mlflow format clean
+.PHONY: setup demo test test-full check bench site pictures release prefect mlflow format clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,11 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# Every screenshot of docs/, from the real programs: the pictures of wsiflow's own pages, of Prefect's and of MLflow's.
+pictures: setup
+	WSIFLOW_DOCS_PICTURES=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_site.py tests/flows/test_view.py \
+	  tests/flows/test_browser.py tests/flows/test_deployments.py
 
 # The pages of docs/ as a static site, in site/; DOCS=serve shows it while it is written.
 site: setup

@@ -37,11 +37,18 @@ _SWITCHES = (
 
 
 class Tab:
-    """A page that is open."""
+    """A page that is open.
+
+    Attributes:
+        faults: What the browser's console has shown as an error so far, network errors included.
+    """
 
     def __init__(self, socket: ClientConnection) -> None:
         """Take over a tab."""
         self._socket, self._asked = socket, 0
+        self.faults: list[str] = []
+        for domain in ("Log", "Runtime"):
+            self._ask(f"{domain}.enable")
 
     def open(self, url: str) -> None:
         """Go to an address."""
@@ -120,6 +127,11 @@ class Tab:
         for kind in ("rawKeyDown", "keyUp"):
             self._ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
+    def resize(self, width_px: int, height_px: int, *, is_phone: bool = False) -> None:
+        """Show pages as a window of such a size does, or the screen of a phone."""
+        size = {"width": width_px, "height": height_px, "deviceScaleFactor": 1}
+        self._ask("Emulation.setDeviceMetricsOverride", mobile=is_phone, **size)
+
     def keep(self, name: str, folder: Path) -> NDArray[np.uint8]:
         """Save what is seen as a small PNG in a folder, or in docs/ where `DOCUMENT` is set, and return it."""
         return self.picture((DOCS if os.environ.get(DOCUMENT) else folder) / name)
@@ -129,9 +141,19 @@ class Tab:
         self._socket.send(json.dumps({"id": self._asked, "method": method, "params": params}))
         while True:
             answer = json.loads(self._socket.recv(timeout=200))
+            self._note(answer.get("method", ""), answer.get("params", {}))
             if answer.get("id") == self._asked:
                 assert "error" not in answer, answer["error"]
                 return dict(answer["result"])
+
+    def _note(self, event: str, told: dict[str, Any]) -> None:
+        """Keep an event that is an error."""
+        if event == "Log.entryAdded" and told["entry"]["level"] == "error":
+            self.faults.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
+        elif event == "Runtime.exceptionThrown":
+            self.faults.append(str(told["exceptionDetails"]))
+        elif event == "Runtime.consoleAPICalled" and told["type"] == "error":
+            self.faults.append(str(told["args"]))
 
 
 @contextmanager

@@ -33,7 +33,18 @@ hypothesis.settings.load_profile("patient")
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 # What takes longest is begun first: a process that came to it at the end would go on alone.
-_LONGEST = ("deployments", "arrays", "crash", "line", "sweep", "executors_agree", "certify", "dask", "experiments")
+_LONGEST = (
+    "deployments",
+    "arrays",
+    "crash",
+    "line",
+    "sweep",
+    "executors_agree",
+    "certify",
+    "dask",
+    "experiments",
+    "docs_commands",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,20 @@ def test_nobody_else_is_answered(finished: Path) -> None:
         assert (status, Image.open(io.BytesIO(heat)).mode) == (200, "L")
 
 
+def test_several_browsers_see_the_same(finished: Path) -> None:
+    """Tiles that are asked for at once, by more askers than slides stay open, are those that one asker gets."""
+    with served(finished) as viewer:
+        tiles = [
+            f"{viewer.link}0/{kind}/{slide}/0/0_0.{ending}"
+            for slide in range(6)
+            for kind, ending in (("tile", "jpg"), ("heat", "png"))
+        ] + [f"{viewer.link}0/small/{slide}.jpg" for slide in range(6)]
+        with ThreadPoolExecutor(12) as askers:
+            several = list(askers.map(get, tiles * 4))
+        assert several == [get(tile) for tile in tiles] * 4
+        assert {status for status, _ in several} == {200}
+
+
 def test_a_missing_slide_is_named_and_its_overview_shown(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -162,6 +178,16 @@ def test_ctrl_c_ends_it_in_one_line(finished: Path) -> None:
 # --- in a browser
 
 
+@pytest.fixture
+def pictured(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A run with a slide of it; for the picture of the documents that is the demo, in full."""
+    if browser.DOCUMENT not in os.environ:
+        return finished, "tumor_002"
+    monkeypatch.chdir(tmp_path)
+    assert wsiflow("name=demo", f"out={tmp_path}/demo/run", "orchestrator=none", "tracking=off") == 0
+    return tmp_path / "demo/run", "tumor_002"
+
+
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Tab]:
     folder = tmp_path_factory.mktemp("browser")
@@ -169,6 +195,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Tab]:
         yield opened
 
 
+SMALL = "[...document.querySelectorAll('.wsv-small')].every(image => image.complete && image.naturalWidth > 30)"
 AT_REST = """wsiflow.panes.every(({osd, heat}) => osd.isOpen() && osd.world.getItemAt(0).getFullyLoaded()
     && [...heat.tiles.values()].every(tile => tile) && ["zoomSpring", "centerSpringX", "centerSpringY"].every(
         name => osd.viewport[name].isAtTargetValue()))"""
@@ -212,7 +239,6 @@ def test_a_report_is_looked_at(finished: Path, tab: browser.Tab, tmp_path: Path)
     assert "tumor_002 tumour, score 0." in text
     assert tab.value("document.documentElement.scrollWidth <= window.innerWidth")
     tab.value("document.querySelector('.looked').scrollIntoView()")
-    tab.keep("view-report.png", tmp_path)
     tab.value(ONLY_MAP)
     shown = stage(tab.picture(tmp_path / "map.png"), tab)
     moved(tab, "opacity", 0)
@@ -234,6 +260,21 @@ def test_a_report_is_looked_at(finished: Path, tab: browser.Tab, tmp_path: Path)
     at_rest(tab, "normal_001")
     assert tab.value("location.hash") == "#slide=normal_001"
     tab.wait(SMALL)
+
+
+@needs_browser
+def test_a_slide_of_a_report_is_seen_at_once(pictured: tuple[Path, str], tab: browser.Tab, tmp_path: Path) -> None:
+    """List, picture, findings and keys are in sight together."""
+    root, slide_id = pictured
+    tab.open(f"file://{root}/report.html#slide={slide_id}")
+    at_rest(tab, slide_id)
+    tab.value("document.querySelector('.looked').scrollIntoView()")
+    tab.wait(SMALL)
+    seen = (
+        "(({top, bottom}) => [top >= 0, bottom <= innerHeight])(document.querySelector('.wsv').getBoundingClientRect())"
+    )
+    assert tab.value(seen) == [True, True]
+    tab.keep("view-report.png", tmp_path)
 
 
 NOTE_SHEETS = """window.addEventListener('beforeprint', () => { window.sheets =
@@ -289,9 +330,6 @@ def test_the_keyboard_is_enough(finished: Path, tab: browser.Tab) -> None:
     assert seen[1].startswith("tumor_002")
     assert seen[2].startswith("normal_001: picture")
     assert seen[3] == "Whole slide"
-
-
-SMALL = "[...document.querySelectorAll('.wsv-small')].every(image => image.complete && image.naturalWidth > 30)"
 
 
 @needs_browser

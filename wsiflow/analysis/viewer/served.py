@@ -37,7 +37,8 @@ _QUALITY = 85
 _SMALL_PX = 104  # twice as many as the list shows, for fine screens
 _MOST_TILES = 1024  # kept in memory: about 60 MB
 _MOST_OPEN = 8  # slides, each with what its reader keeps in memory
-_MOST_REDUCED = 8  # from a stored level; of slides without such a level, the overview is shown instead
+_STORED = 1.5  # up to this reduction of a stored level a tile is read from the slide, else from an overview as fine
+_MOST_REDUCED = 8  # beyond this reduction a slide is too slow to read: the overview is shown, however coarse
 _SCORES = ("evaluation", "evaluation-PARTIAL")
 
 
@@ -177,10 +178,11 @@ class ServedRun:
         self, opened: Slide, planned: SlidePlan, corner: tuple[int, int], size: tuple[int, int], downsample: float
     ) -> NDArray[np.uint8]:
         """Return a rectangle of a slide reduced by ``downsample``, uint8 (rows, cols, 3)."""
-        stored = opened.facts.level_downsamples[opened.facts.level_for(downsample)]
+        times = downsample / opened.facts.level_downsamples[opened.facts.level_for(downsample)]
         path = self.root / overviews.picture_of(planned.slide_id)
-        if downsample / stored > _MOST_REDUCED and path.is_file():
-            overview = _read_picture(path)
+        overview = _read_picture(path) if times > _STORED and path.is_file() else None
+        is_as_fine = overview is not None and overview.width * downsample >= planned.frame.l0_width_px
+        if overview is not None and (is_as_fine or times > _MOST_REDUCED):
             scale = planned.frame.l0_width_px / overview.width / downsample
             left, top = (begin / scale for begin in corner)
             right = min(overview.width, (corner[0] + size[0]) / scale)

@@ -205,7 +205,8 @@
       this.title.replaceChildren(slide.name, make("span", {}, ` ${slide.truth || "no truth"}${score}`));
       if (this.app.runs.length > 1) this.title.append(make("span", {}, ` · ${this.app.runs[this.run].name}`));
       this.stage.setAttribute("aria-label", `${slide.name}: picture with heatmap, detections and outlines`);
-      this.say(slide.remark || (slide.width ? "" : "there is no picture of this slide"));
+      const [reason] = slide.notes;
+      this.say(slide.remark || (slide.width ? "" : `there is no picture of this slide${reason ? `: ${reason}` : ""}`));
       this.heat = slide.heat ? new Heat(slide.heat, `${this.run}/heat/${number}`, () => this.draw()) : null;
       this.paint();
       const {picture, tiles} = slide;
@@ -526,7 +527,8 @@
         make("div", {className: "wsv-shown"}, check("map", "heat"), check("truth", "truth"),
           check("detections", "detections")),
         make("div", {className: "wsv-looks"}, ...slider("Opacity", "opacity"), ...slider("Map from", "from"),
-          ...slider("Detections from", "least"), make("label", {}, "Colours"), maps, ""), this.scale);
+          ...slider("Detections from", "least"), make("label", {}, "Colours"), maps, ""),
+        make("div", {className: "wsv-scales"}, "0", this.scale, "1"));
     }
 
     relook(listed) {
