@@ -1,5 +1,6 @@
 """``wsiflow model``: add a trained network, check that its card fits labelled patches, list what there is."""
 
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -76,6 +77,7 @@ def _add(arguments: Namespace) -> int:
     _require_trust(arguments, source.architecture)
     fields = _fields(arguments, source.known)
     if not source.architecture and "architecture" not in fields:
+        add.require_weights(source.path)
         raise InputError(
             "the file holds weights alone, without the network",
             "give --architecture timm:NAME, torchvision:NAME or python:MODULE:FUNCTION",
@@ -114,7 +116,7 @@ def _fields(arguments: Namespace, known: dict[str, Any]) -> dict[str, Any]:
     classes = [name.strip() for name in answers["classes"].split(",")]
     window = _number(answers["window"], "--window", int)
     fields: dict[str, Any] = {
-        "name": arguments.name or arguments.file.stem,
+        "name": arguments.name or re.sub("[^A-Za-z0-9._-]+", "_", arguments.file.stem).strip("._-") or "model",
         "class_names": classes,
         "positive_class": _positive(arguments.positive, classes),
         "window_px": window,
@@ -202,8 +204,10 @@ def _pairs(text: str) -> dict[str, Any]:
     """Return arguments of an architecture from ``key=value,key=value``."""
     import yaml
 
-    pairs = dict(part.partition("=")[::2] for part in text.split(","))
-    return {name: yaml.safe_load(value) for name, value in pairs.items()}
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and value for name, _, value in pairs):
+        raise InputError(f"--args is {text!r}", "give name=value, with commas between several")
+    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
 def _joined(values: Any) -> str | None:

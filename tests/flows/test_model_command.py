@@ -62,8 +62,29 @@ def test_what_is_missing_is_named_at_once(weights: Path, capsys: pytest.CaptureF
     assert "give --architecture timm:NAME, torchvision:NAME or python:MODULE:FUNCTION" in capsys.readouterr().err
     assert cli.main(["model", "add", str(weights), *options, "--std", "1,1"]) == 20
     assert "--std is '1,1'; give three numbers" in capsys.readouterr().err
+    assert cli.main(["model", "add", str(weights), *options, "--args", "width"]) == 20
+    assert "--args is 'width'; give name=value" in capsys.readouterr().err
     assert cli.main(["model", "add", str(weights), *ABOUT, *options, "--window", "32"]) == 20
     assert "does not run on 4 windows of 32 px" in capsys.readouterr().err
+
+
+def test_a_whole_network_is_not_taken_for_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody is asked for an architecture that would not help."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    options = ["--classes", "a,b", "--window", "96", "--spacing", "0.5", "--mean", "0,0,0", "--std", "1,1,1"]
+    assert cli.main(["model", "add", str(tmp_path / "whole.pth"), *options]) == 20
+    assert "which could run any code; save the weights alone: torch.save(model.state_dict(), file)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_file_may_have_any_name(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the model is made of the characters that it may have."""
+    path = tmp_path / "best model (1).pth"
+    path.write_bytes(weights.read_bytes())
+    options = ["--classes", "a,b", "--spacing", "0.5", "--mean", "0,0,0", "--std", "1,1,1", "--to", str(tmp_path)]
+    assert cli.main(["model", "add", str(path), *ABOUT, *options]) == 0
+    assert f"card     {tmp_path / 'best_model_1.json'}\n" in capsys.readouterr().out
 
 
 def test_windows_are_resized_as_the_card_says(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,45 @@ def test_a_truncated_file_is_refused(network: nn.Module, tmp_path: Path) -> None
     (tmp_path / "half.pt2").write_bytes((tmp_path / "half.pth").read_bytes())
     with pytest.raises(InputError, match=r"not a whole archive of torch\.export"):
         add(recognise(tmp_path / "half.pt2"), FIELDS, tmp_path / "models")
+
+
+def _zip(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "pointer of Git LFS .*git lfs pull"),
+        ("a.safetensors", b"<!DOCTYPE html><html>404</html>", "a web page; fetch the file again"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", r"HDF5, as Keras writes it; export the network as ONNX .*model\.export"),
+        ("a.tflite", b"\x1c\0\0\0TFL3", "TensorFlow Lite; export the network as ONNX"),
+        ("a.keras", ("metadata.json", "model.weights.h5"), "a network of Keras; export the network as ONNX"),
+        ("a.npz", ("a.npy", "b.npy"), r"arrays of NumPy; save the tensors with safetensors"),
+        ("a.zip", ("readme.txt",), "a zip archive without weights of PyTorch; unpack it"),
+        ("saved/saved_model.pb", b"\x08", r"a network of TensorFlow; .*tf2onnx.* --saved-model saved"),
+    ],
+)
+def test_what_holds_no_model_is_named(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    """It is said what the file is, and not that it may be dangerous."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        _zip(path, *content)
+    with pytest.raises(InputError, match=message):
+        recognise(path if path.parent == tmp_path else path.parent)
+
+
+def test_one_output_is_a_sigmoid_that_has_to_be_said(tmp_path: Path) -> None:
+    """Weights of one output do not fit two classes, and the message says what they are."""
+    one = build("compact_valid", 1, width=0.5, dropout=0.2)
+    with pytest.raises(InputError, match="it has one output, of the second class: say that it is a sigmoid"):
+        added(one.state_dict(), tmp_path)
+    assert added(one.state_dict(), tmp_path, output="sigmoid").is_file()
 
 
 def test_a_function_builds_the_network_where_it_is_trusted(tmp_path: Path) -> None:

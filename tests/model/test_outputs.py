@@ -120,8 +120,9 @@ ABOUT: dict[str, Any] = {"window": 32, "spacing": 0.5, "mean": (0.5,) * 3, "std"
         (Net(1), "sigmoid", "ab"),
         (Net(1, nn.Sigmoid()), "probabilities", "ab"),
         (Net(3), "sigmoid", "abc"),
+        (Net(3, nn.Sigmoid()), "probabilities", "abc"),
     ],
-    ids=["logits", "softmax", "one logit", "one probability", "labels"],
+    ids=["logits", "softmax", "one logit", "one probability", "labels", "probabilities of labels"],
 )
 def test_dense_scores_are_those_of_windows(module: nn.Module, output: str, classes: str) -> None:
     """Whatever the outputs are."""
@@ -135,6 +136,13 @@ def test_dense_scores_are_those_of_windows(module: nn.Module, output: str, class
     windows = np.stack([image[y : y + 32, x : x + 32] for y in range(0, 65, 8) for x in range(0, 65, 8)])
     expected = probabilities(classifier, windows)[:, len(classes) - 1].reshape(9, 9)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class Halfway(nn.Module):
+    """Logits that are from 0 to 1 by chance for ordinary pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 + x / 100
 
 
 class Batch(nn.Module):
@@ -155,14 +163,33 @@ class Chance(nn.Module):
 @pytest.mark.parametrize(
     ("module", "changes", "message"),
     [
-        (Net(2, nn.Softmax(1)), {}, "probabilities already.*set output to probabilities in the card"),
-        (Net(2), {"output": "probabilities"}, "are no probabilities.*set output to logits"),
-        (Net(3), {}, r"returns an array of shape \(4, 3\) for 4 windows; correct class_names or output"),
-        (Net(1), {}, r"returns an array of shape \(4, 1\)"),
+        (Net(2, nn.Softmax(1)), {}, "probabilities already.*say that they are probabilities"),
+        (Net(1, nn.Sigmoid()), {"output": "sigmoid"}, "probabilities already: .* not sigmoid; say that they are"),
+        (Net(2, nn.Sigmoid()), {}, "probabilities already: .* not logits; say that they are"),
+        (Net(2), {"output": "probabilities"}, "are no probabilities.*say that they are logits or sigmoid"),
+        (Net(2, Halfway()), {"output": "probabilities"}, "are no probabilities.*not always from 0 to 1"),
+        (Net(3), {}, r"shape \(4, 3\) for 4 windows; name its 3 classes .*, which are \['a', 'b'\] now"),
+        (Net(1), {}, r"shape \(4, 1\) .* the second of two classes: say that it is a sigmoid"),
+        (Net(1, nn.Flatten(0)), {}, r"shape \(4,\) .* leave out the squeeze"),
+        (nn.Conv2d(3, 2, 1), {}, r"shape \(4, 2, 32, 32\) .* maps and features are none"),
+        (Net(2), {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "from 0 to 1: divide both by 255"),
         (Batch(), {}, r"other outputs alone than among others .*model\.eval\(\)"),
         (Chance(), {}, "other outputs for the same windows each time"),
     ],
-    ids=["softmax twice", "no probabilities", "three outputs", "one logit", "batch norm", "dropout"],
+    ids=[
+        "softmax twice",
+        "sigmoid twice",
+        "sigmoid of each class, softmax",
+        "no probabilities",
+        "logits near one half",
+        "three outputs",
+        "one logit",
+        "squeezed",
+        "segmentation",
+        "mean of 8-bit pixels",
+        "batch norm",
+        "dropout",
+    ],
 )
 def test_outputs_that_are_not_what_they_are_said_to_be(
     module: nn.Module, changes: dict[str, Any], message: str

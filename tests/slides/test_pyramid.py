@@ -191,12 +191,10 @@ def test_a_mask_without_levels_is_read_tile_by_tile(tmp_path: Path, stored: dict
     """In any storage, the pixels equal those picked from the whole mask, which need not fit into memory."""
     stored = dict(stored)
     dtype = stored.pop("dtype", np.uint8)
-    image = np.random.default_rng(5).integers(0, 256 if dtype is np.uint8 else 2, (3, 101, 67)).astype(dtype)
-    whole = image[0]
-    if "photometric" not in stored:
-        image = whole
-    elif "planarconfig" not in stored:
-        image = np.moveaxis(image, 0, -1)
+    whole = np.random.default_rng(5).integers(0, 256 if dtype is np.uint8 else 2, (101, 67)).astype(dtype)
+    image = whole
+    if "photometric" in stored:
+        image = np.stack([whole] * 3, axis=0 if "planarconfig" in stored else -1)
     tifffile.imwrite(tmp_path / "m.tif", image, **stored)
     rows, cols = (
         np.minimum(np.arange(downsample // 2, side + downsample // 2, downsample), side - 1) for side in (101, 67)
@@ -204,11 +202,14 @@ def test_a_mask_without_levels_is_read_tile_by_tile(tmp_path: Path, stored: dict
     np.testing.assert_array_equal(pyramid.read_level(tmp_path / "m.tif", downsample), whole[np.ix_(rows, cols)])
 
 
-def test_first_channel_of_a_colour_mask(tmp_path: Path) -> None:
-    """The red channel of an RGB mask is used."""
+def test_a_mask_in_colours_is_refused(tmp_path: Path) -> None:
+    """What is painted in green or blue would be lost without notice; three equal channels say the same as one."""
     image = gradient(40, 40)
     tifffile.imwrite(tmp_path / "m.tif", image, photometric="rgb")
-    np.testing.assert_array_equal(pyramid.read_level(tmp_path / "m.tif", 1), image[..., 0])
+    with pytest.raises(InputError, match=r"m\.tif.* colours, .*give a mask of one channel"):
+        pyramid.read_level(tmp_path / "m.tif", 1)
+    tifffile.imwrite(tmp_path / "grey.tif", image[..., :1].repeat(3, axis=2), photometric="rgb")
+    np.testing.assert_array_equal(pyramid.read_level(tmp_path / "grey.tif", 1), image[..., 0])
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all"])

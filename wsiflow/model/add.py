@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import nn
 
+from wsiflow.errors import InputError
 from wsiflow.model import huggingface
 from wsiflow.model.architectures import function
 from wsiflow.model.card import EXPORT, ONNX, PYTHON, TORCHSCRIPT, WSINFER_WEIGHTS, ModelCard, parse_card, wsinfer_fields
 from wsiflow.model.classifier import Classifier, as_classifier, check_answers
-from wsiflow.model.formats import export, onnx
+from wsiflow.model.formats import export, foreign, onnx, state_dict
 from wsiflow.model.formats.registry import network
 from wsiflow.model.formats.torchscript import is_script
 from wsiflow.model.save import probes, write_card
@@ -51,9 +52,10 @@ def recognise(path: Path) -> Source:
         path: A file of weights or a program, or a folder of Hugging Face or WSInfer.
 
     Raises:
-        InputError: There is no such file, or the folder holds no model that is known.
+        InputError: There is no such file, or it holds no model that is known.
     """
     if path.is_dir():
+        foreign.refuse_folder(path)
         if (path / WSINFER_WEIGHTS).is_file():
             return Source(path / WSINFER_WEIGHTS, TORCHSCRIPT, wsinfer_fields(path / "config.json"))
         return Source(*huggingface.read_folder(path))
@@ -62,12 +64,14 @@ def recognise(path: Path) -> Source:
             start = file.read(64)
     except OSError as error:
         raise faults.unreadable(error, "the model", "name a file of weights, or a folder", path=path) from error
+    foreign.refuse_file(path, start)
     return Source(path, _archived(path) if zipfile.is_zipfile(path) else _plain(path, start), {})
 
 
 def _archived(path: Path) -> str:
     """Return what a zip archive holds; an empty text for weights alone, which ``torch.save`` writes into one."""
     names = zipfile.ZipFile(path).namelist()
+    foreign.refuse_archive(path, names)
     if any("/code/" in name for name in names):
         return TORCHSCRIPT
     is_program = any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names)
@@ -79,6 +83,15 @@ def _plain(path: Path, start: bytes) -> str:
     if path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start):
         return ONNX
     return EXPORT if path.suffix == ".pt2" else ""  # a damaged one, of which its format says more
+
+
+def require_weights(path: Path) -> None:
+    """Refuse a file that does not hold weights.
+
+    Raises:
+        InputError: It is damaged, or holds more than weights; the message says which.
+    """
+    state_dict.tensors(path.read_bytes(), path)
 
 
 def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
@@ -103,7 +116,10 @@ def add(source: Source, fields: Mapping[str, Any], folder: Path) -> Path:
         given["source_sha256"] = function.source_sha256(name, source.path.parent)
     bare = parse_card({**given, "weights": source.path.name, "sha256": _NO_HASH}, source.path)
     data = _content(source, bare)
-    module = network(data, bare, source.path)
+    try:
+        module = network(data, bare, source.path)
+    except InputError as error:
+        raise error.about(path=source.path) from error
     classifier = as_classifier(module, bare)
     check_answers(classifier, bare, source.path)
     architecture, suffix, weights = _encoded(module, bare, data)

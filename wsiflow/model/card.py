@@ -39,6 +39,7 @@ Resize = Literal["torch", "pillow"]
 PACKAGED = "pkg:"
 WSINFER_WEIGHTS = "torchscript_model.pt"  # beside WSInfer's model JSON
 MAX_CARD_BYTES = 1_000_000
+_LARGEST_SCALE = 2  # of mean and std, whose pixels are from 0 to 1
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -166,6 +167,10 @@ class ModelCard(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"a probe does not hold one probability for each of {list(self.class_names)}")
         if self.output == "sigmoid" and len(self.positive_names) > 1:
             raise ValueError(f"positive_class {self.positive_class!r} adds labels that do not exclude each other")
+        if max(*map(abs, self.mean), *self.std) > _LARGEST_SCALE:
+            raise ValueError(
+                f"mean {list(self.mean)} and std {list(self.std)} are not of pixels from 0 to 1: divide both by 255"
+            )
         if self.architecture.startswith(PYTHON) and not self.source_sha256:
             raise ValueError(f"architecture {self.architecture!r} needs source_sha256, the hash of its source file")
         if Path(self.weights).name != self.weights or self.weights in {"", ".."}:

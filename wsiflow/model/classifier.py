@@ -38,6 +38,7 @@ PROBE_CELLS = 14
 N_TRIALS = 4  # windows on which a model without probes is tried
 _TRIAL_PX = 2 * 1024**2  # of windows in one batch of a trial, which fit into a worker's memory
 SUM_TOLERANCE = 1e-3  # half precision included
+_FAR = (-100.0, -10.0, 10.0, 100.0)  # times the pixels of trials: logits grow with them, and probabilities do not
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,11 +193,25 @@ def raw_outputs(classifier: Classifier, inputs: torch.Tensor) -> torch.Tensor:
     if outputs.dim() != 2 or len(outputs) != len(inputs) or not classifier.outputs.fits(outputs.shape[1]):
         raise InputError(
             f"the model returns an array of shape {tuple(outputs.shape)} for {len(inputs)} windows",
-            f"correct class_names or output in its card, which are {list(classifier.class_names)} and "
-            f"{classifier.outputs.kind}",
+            _remedy_for_shape(classifier, tuple(outputs.shape), len(inputs)),
             stage="predict",
         )
     return outputs
+
+
+def _remedy_for_shape(classifier: Classifier, shape: tuple[int, ...], n: int) -> str:
+    """Return what to do about outputs of an unexpected shape for n windows."""
+    names, n_classes = list(classifier.class_names), len(classifier.class_names)
+    if shape == (n, 1) and n_classes == 2:
+        return (
+            "one output is the second of two classes: say that it is a sigmoid, or probabilities where the "
+            "network ends with one (output in the card, --output of wsiflow model add)"
+        )
+    if len(shape) == 2 and shape[0] == n:
+        return f"name its {shape[1]} classes (class_names in the card, --classes), which are {names} now"
+    if shape in {(n,), ()}:
+        return "have the network return (windows, 1): leave out the squeeze at the end of its forward method"
+    return f"have the network return (windows, {n_classes}), a number for each of {names}: maps and features are none"
 
 
 def probe_image(seed: int, window_px: int) -> NDArray[np.uint8]:
@@ -246,7 +261,7 @@ def check_answers(classifier: Classifier, card: ModelCard, path: Path) -> None:
         raise error.about(path=path) from error
     for probe, answer in zip(card.probe, answers, strict=False):
         _check_probe(probe, answer, path)
-    _check_kind(outputs, card, path)
+    _check_kind(classifier, batches, outputs, card, path)
 
 
 def _outputs(classifier: Classifier, batches: Iterable[NDArray[np.uint8]]) -> torch.Tensor:
@@ -277,27 +292,45 @@ def _check_repeatable(classifier: Classifier, batches: Sequence[NDArray[np.uint8
             raise InputError(f"the model {cause}", "export it in evaluation mode: model.eval()")
 
 
-def _check_kind(outputs: torch.Tensor, card: ModelCard, path: Path) -> None:
+def _check_kind(
+    classifier: Classifier, batches: Sequence[NDArray[np.uint8]], outputs: torch.Tensor, card: ModelCard, path: Path
+) -> None:
     """Refuse outputs that are plainly not what the card says: probabilities instead of logits, or the other way round.
 
     Args:
-        outputs: Outputs for several windows, (n, outputs).
+        classifier: The classifier.
+        batches: Windows, uint8 (n, window_px, window_px, 3).
+        outputs: Its outputs for these batches, (n, outputs).
         card: The model card.
         path: Path of the card, for the message.
 
     Raises:
         InputError: The outputs are of another kind.
     """
-    are_shares = bool(((outputs >= 0) & (outputs <= 1)).all())
     sum_to_one = outputs.shape[1] > 1 and bool(((outputs.sum(1) - 1).abs() < SUM_TOLERANCE).all())
-    if card.output == "probabilities" and not (are_shares and (sum_to_one or outputs.shape[1] == 1)):
-        cause = "the model's outputs are no probabilities: they are not from 0 to 1, or do not add up to 1"
-        raise InputError(cause, "set output to logits or sigmoid in the card", path=path)
-    if card.output != "probabilities" and are_shares and sum_to_one:
-        cause = (
-            f"the model's outputs are probabilities already: they are from 0 to 1 and add up to 1, not {card.output}"
+    are_shares = _are_shares(outputs) and (sum_to_one or _stay_shares(classifier, batches))
+    if card.output == "probabilities" and not are_shares:
+        cause = "the model's outputs are no probabilities: they are not always from 0 to 1"
+        remedy = "say that they are logits or sigmoid (output in the card, --output of wsiflow model add)"
+        raise InputError(cause, remedy, path=path)
+    if card.output != "probabilities" and are_shares:
+        cause = f"the model's outputs are probabilities already: they are always from 0 to 1, not {card.output}"
+        remedy = "say that they are probabilities (output in the card, --output of wsiflow model add)"
+        raise InputError(cause, remedy, path=path)
+
+
+def _are_shares(outputs: torch.Tensor) -> bool:
+    return bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
+def _stay_shares(classifier: Classifier, batches: Sequence[NDArray[np.uint8]]) -> bool:
+    """Return whether outputs are from 0 to 1 for pixels as no slide has them too: logits are so by chance alone."""
+    with torch.inference_mode():
+        return all(
+            _are_shares(raw_outputs(classifier, normalise(classifier, batch) * scale))
+            for scale in _FAR
+            for batch in batches
         )
-        raise InputError(cause, "set output to probabilities in the card", path=path)
 
 
 def _check_probe(probe: Probe, answer: NDArray[np.float32], path: Path) -> None:

@@ -44,7 +44,7 @@ def build(architecture: str, n_outputs: int, *, folder: Path = Path(), **archite
     except (TypeError, ValueError) as error:
         raise InputError(
             f"architecture {architecture!r} cannot be built with {architecture_args}: {error}",
-            "correct architecture and architecture_args in the model card",
+            "correct architecture, or its arguments (architecture_args in the card, --args name=value,name=value)",
         ) from error
     raise InputError(
         f"architecture {architecture!r} is unknown",

@@ -20,9 +20,11 @@ def timm(name: str, n_outputs: int, **arguments: Any) -> nn.Module:
         arguments: Further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: timm does not know the name.
+        ValueError: timm does not know the name, or it is that of a network elsewhere.
         EnvironmentFault: timm is not installed.
     """
+    if ":" in name:
+        raise ValueError("nothing is fetched; download its folder, and give that to wsiflow model add")
     library = _library("timm")
     try:
         module: nn.Module = library.create_model(name, **{"num_classes": n_outputs, "pretrained": False} | arguments)
@@ -58,6 +60,6 @@ def _library(name: str) -> Any:
     except (ImportError, RuntimeError) as error:
         raise EnvironmentFault(
             f"the package {name} cannot be used: {error}",
-            "pip install 'wsiflow[zoo]', from where PyTorch was installed (--index-url https://download.pytorch.org/whl/cpu"
-            " where that is the build without GPUs)",
+            "pip install 'wsiflow[zoo]' -c <(pip freeze --exclude-editable) --extra-index-url "
+            "https://download.pytorch.org/whl/cpu, which keeps the installed PyTorch and takes its torchvision",
         ) from error

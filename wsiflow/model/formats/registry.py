@@ -1,5 +1,6 @@
 """The formats of weights files, and the network of a model card."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -40,6 +41,10 @@ def does_not_run(error: RuntimeError, n: int, card: ModelCard) -> InputError:
     remedy = "correct window_px or input_px in the card, or export the model for batches of any size"
     if any(name in reason for name in ("Half", "BFloat16")):
         remedy = "export it in single precision: model.float()"
+    elif re.search(r"missing (value for|\d+ required positional) argument", reason):
+        remedy = "export a network that takes images and nothing else"
+    elif "but got 3 channels" in reason:
+        remedy = "export a network that takes red, green and blue"
     return InputError(f"the model does not run on {n} windows of {card.input_px} px: {reason}", remedy)
 
 
@@ -91,7 +96,7 @@ def _with_one_output(module: nn.Module, card: ModelCard) -> nn.Module:
     shapes = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in named.items())
     raise InputError(
         f"the model returns {len(named)} outputs ({shapes}), and output_name is {card.output_name!r}",
-        f"name the one that holds {list(card.class_names)} as output_name in the card",
+        f"name the one that holds {list(card.class_names)} (output_name in the card, --output-name)",
     )
 
 

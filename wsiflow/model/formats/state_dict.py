@@ -39,20 +39,22 @@ def read(data: bytes, card: ModelCard, path: Path) -> nn.Module:
     if card.architecture.startswith(PYTHON):
         _check_source(card, path)
     weights = tensors(data, path)
-    numbers = [len(card.class_names)]
-    if card.output != "logits" and numbers == [2]:
-        numbers.append(1)  # one output is the second of two classes
+    n_classes = len(card.class_names)
+    remedy = "correct architecture, architecture_args or class_names in the card (--architecture, --args, --classes)"
     problems = []
-    for n_outputs in numbers:
+    for n_outputs in (2, 1) if n_classes == 2 else (n_classes,):  # one output is the second of two classes
         module = build(card.architecture, n_outputs, folder=path.parent, **card.architecture_args)
         problem = _loaded(module, weights)
-        if not problem:
+        if not problem and (n_outputs == n_classes or card.output != "logits"):
             return module
+        if not problem:
+            remedy = (
+                "it has one output, of the second class: say that it is a sigmoid (output in the card, --output of "
+                "wsiflow model add), or probabilities where the network ends with one"
+            )
         problems.append(problem)
     raise InputError(
-        f"the weights do not fit {card.architecture} with {len(card.class_names)} classes: {problems[0]}",
-        "correct architecture, architecture_args or class_names in the card",
-        path=path,
+        f"the weights do not fit {card.architecture} with {n_classes} classes: {problems[0]}", remedy, path=path
     )
 
 
