@@ -421,14 +421,19 @@ def _killed_start(uri: str) -> None:
 
 
 def test_a_store_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
-    """Half a store would take no record for ever: it has its name only when it is whole."""
+    """Half a store would take no record for ever: it has its name only when it is whole, and a group may share it."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     process = multiprocessing.get_context("spawn").Process(target=_killed_start, args=(uri,))
     process.start()
     process.join()
     assert process.exitcode == 137
-    assert tracking.log_run(params_for(uri), record()).reason == ""
+    before = os.umask(0o002)
+    try:
+        assert tracking.log_run(params_for(uri), record()).reason == ""
+    finally:
+        os.umask(before)
     assert not list(tmp_path.glob(".*"))
+    assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == 0o664
 
 
 def test_off_records_nothing(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def _create_whole(path: Path | None) -> None:
     draft = path.with_name(f".{path.name}.new")
     for left in (draft, draft.with_name(f"{draft.name}-journal")):  # by a process that was killed
         left.unlink(missing_ok=True)
+    draft.touch()  # who may write to it follows from the umask; of a file that SQLite makes, only its owner may
     MlflowClient(tracking_uri=f"{SQLITE}{draft}").search_experiments(max_results=1)
     draft.replace(path)
 
