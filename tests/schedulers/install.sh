@@ -7,11 +7,12 @@ PATH=$PATH:/usr/sbin:/sbin
 there() { for command in "$@"; do command -v "$command" >/dev/null || return 1; done; }
 wanted=()
 there slurmctld slurmd munged sbatch || wanted+=(slurm-wlm munge)
-there slurmdbd mariadbd || wanted+=(slurmdbd mariadb-server)
 there sge_qmaster sge_execd qsub || wanted+=(gridengine-master gridengine-exec gridengine-client)
-((${#wanted[@]})) || exit 0
+accounts=()
+there slurmdbd mariadbd || accounts+=(slurmdbd mariadb-server)
+((${#wanted[@]} + ${#accounts[@]})) || exit 0
 if ((EUID)) || ! command -v apt-get >/dev/null; then
-  echo "no schedulers: ${wanted[*]} can only be installed by root, on Debian"
+  echo "no schedulers: ${wanted[*]} ${accounts[*]} can only be installed by root, on Debian"
   exit 0
 fi
 
@@ -24,4 +25,6 @@ if [ ! -e "$policy" ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
+install() { apt-get install -y -qq --no-install-recommends "$@" >/dev/null; }
+((${#wanted[@]} == 0)) || install "${wanted[@]}"
+((${#accounts[@]} == 0)) || install "${accounts[@]}" || echo "no accounts of Slurm: the tests that need them are skipped"
