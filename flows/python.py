@@ -105,6 +105,8 @@ class Run:
         if not slide_id and len(slides) == 1:
             return slides[0]
         cause = f"the run has no slide {slide_id!r}" if slide_id else f"the run has {len(slides)} slides"
+        if not slides:
+            raise InputError("no slide of the run could be planned", "see process_list.csv", path=self.folder)
         raise InputError(cause, f"name one of {', '.join(slides[:5])}", path=self.folder)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from worked_examples import painted, png
 
 from wsiflow.errors import InputError
@@ -128,6 +129,15 @@ def test_outlines_that_are_cut_off_are_noted(tmp_path):
     read = truth.read_truth(over, protocol(), l0_size_px=(300, 90))
     assert read.note == "outlines are cut off at the slide's edge: 'Tumor 1' (40%)"
     assert read.lesions.labels.shape == (90, 300)
+
+
+def test_a_mask_in_colours_is_no_truth(tmp_path):
+    """A lesion that is painted in green is not taken for a normal slide."""
+    green = np.zeros((80, 100, 3), np.uint8)
+    green[8:40, 8:40, 1] = 255
+    Image.fromarray(green).save(tmp_path / "m.png")
+    with pytest.raises(InputError, match=r"slide s, .*m\.png: the mask is a picture in colours"):
+        truth.read_truth(Case("s", tmp_path, mask_path=tmp_path / "m.png"), protocol())
 
 
 def test_a_truth_that_covers_nearly_all_tissue(tmp_path):

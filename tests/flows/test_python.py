@@ -29,7 +29,7 @@ def test_a_run_of_the_command_line_is_read(finished: Path, small_slides: Path) -
     assert len(run.detections("tumor_001")) > 0
 
 
-def test_what_a_run_does_not_have_is_named(finished: Path, tmp_path: Path) -> None:
+def test_what_a_run_does_not_have_is_named(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="the run has 6 slides; name one of normal_001"):
         wsiflow.Run(finished).heatmap()
     with pytest.raises(InputError, match="the run has no slide 'x'"):
@@ -38,6 +38,11 @@ def test_what_a_run_does_not_have_is_named(finished: Path, tmp_path: Path) -> No
         _ = wsiflow.Run(tmp_path).slides
     with pytest.raises(InputError, match="the run has no scores"):
         _ = wsiflow.Run(tmp_path).metrics
+    with pytest.raises(InputError, match=r"float32 .* is expected; name a heatmaps/<slide>\.tif of a run"):
+        wsiflow.read_heatmap(finished / "heatmaps/tumor_001.preview.tif")
+    monkeypatch.setattr(wsiflow.Run, "slides", ())  # of a run all of whose slides were rejected
+    with pytest.raises(InputError, match=r"no slide of the run could be planned; see process_list\.csv"):
+        wsiflow.Run(finished).heatmap()
 
 
 def test_evaluation_writes_its_files_where_asked(finished: Path, small_slides: Path, tmp_path: Path) -> None:

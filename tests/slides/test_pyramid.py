@@ -206,10 +206,11 @@ def test_a_mask_in_colours_is_refused(tmp_path: Path) -> None:
     """What is painted in green or blue would be lost without notice; three equal channels say the same as one."""
     image = gradient(40, 40)
     tifffile.imwrite(tmp_path / "m.tif", image, photometric="rgb")
+    np.testing.assert_array_equal(pyramid.read_level(tmp_path / "m.tif", 1), image[..., 0])  # of a slide
     with pytest.raises(InputError, match=r"m\.tif.* colours, .*give a mask of one channel"):
-        pyramid.read_level(tmp_path / "m.tif", 1)
+        pyramid.read_level(tmp_path / "m.tif", 1, coloured=False)
     tifffile.imwrite(tmp_path / "grey.tif", image[..., :1].repeat(3, axis=2), photometric="rgb")
-    np.testing.assert_array_equal(pyramid.read_level(tmp_path / "grey.tif", 1), image[..., 0])
+    np.testing.assert_array_equal(pyramid.read_level(tmp_path / "grey.tif", 1, coloured=False), image[..., 0])
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all"])

@@ -227,7 +227,7 @@ def _painted(
 ) -> Marks:
     if path.suffix.lower() in annotations.COMPANION_SUFFIXES:
         raise InputError("outlines are given as a mask image", "give them as annotation_path", path=path)
-    values = pyramid.read_level(path, mask_downsample or params.downsample)
+    values = pyramid.read_level(path, mask_downsample or params.downsample, coloured=False)
     if l0_size_px is not None:
         _check_size(values.shape, _slide_shape(l0_size_px, params.downsample), case)
     if case.label is None and not params.mask_tumour and values.max(initial=0) == 1:

@@ -133,7 +133,7 @@ def read_heatmap(path: Path | str) -> Heatmap:
     Raises:
         InputError: The file is not a readable float32 heatmap with a JSON description.
     """
-    path, remedy = Path(path), "write the heatmap again"
+    path, remedy = Path(path), "name a heatmaps/<slide>.tif of a run, or run again where it is one"
     try:
         with tifffile.TiffFile(path) as tiff:
             heat, text = tiff.pages.first.asarray(), tiff.pages.first.description

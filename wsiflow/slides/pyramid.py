@@ -66,8 +66,8 @@ def write_rgb(
             deque(tiles, maxlen=0)  # this completes the reduced levels and checks the number of rows
 
 
-def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
-    """Read a mask image at a reduced scale; one in colours is refused, of which one channel does not say it all.
+def read_level(path: Path, downsample: int, *, coloured: bool = True) -> NDArray[np.uint8]:
+    """Read the first channel of an image at a reduced scale.
 
     A stored level whose scale is within 1 % of the requested one is returned unchanged. Otherwise the centre pixel of
     each cell is taken from the next finer level.
@@ -75,6 +75,7 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
     Args:
         path: A TIFF, pyramidal or not, or a PNG, with 8 bits or 1 bit per sample.
         downsample: Level-0 px per pixel of the result.
+        coloured: Whether an image is accepted whose channels differ: of a mask in colours, one does not say it all.
 
     Returns:
         uint8 (rows, cols); each side is ceil(side of level 0 / downsample) unless a stored level is returned.
@@ -90,7 +91,7 @@ def read_level(path: Path, downsample: int) -> NDArray[np.uint8]:
         raise unreadable_file(error, "image", remedy, path) from error
     if level.dtype not in (np.uint8, np.bool_):
         raise InputError(f"the image has samples of type {level.dtype}, expected uint8", remedy, path=path)
-    if level.shape[2] > 2 and (level[..., 1:3] != level[..., :1]).any():
+    if not coloured and level.shape[2] > 2 and (level[..., 1:3] != level[..., :1]).any():
         cause = "the mask is a picture in colours, which do not say what is meant"
         raise InputError(cause, "give a mask of one channel", path=path)
     return level[..., 0].astype(np.uint8)
