@@ -34,7 +34,7 @@ GIVEN = {
 
 
 # What Slurm needs nothing of, and other schedulers do.
-OTHER_DIALECTS = ("environment", "unmet", "reasons", "reason", "peak", "elapsed")
+OTHER_DIALECTS = ("environment", "unmet", "verify", "of_queue", "peak", "elapsed")
 
 
 def composed(*overrides: str) -> RunConfig:

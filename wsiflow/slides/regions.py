@@ -226,7 +226,7 @@ def _read_mask(path: Path, plane: Plane, chosen: Chosen) -> NDArray[np.bool_]:
     _check_proportions((cols, rows), plane, path)
     l0_per_px = (plane.l0_size_px[0] / cols, plane.l0_size_px[1] / rows)
     step = max(1, math.floor(plane.downsample / max(l0_per_px)))
-    level = pyramid.read_level(path, step)
+    level = pyramid.read_level(path, step, coloured=False)
     picks = [
         np.minimum((np.arange(count) + 0.5) * plane.downsample / (l0_px / side), side - 1).astype(np.int64)
         for count, l0_px, side in zip(plane.shape, plane.l0_size_px[::-1], level.shape, strict=True)
