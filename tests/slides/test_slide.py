@@ -243,6 +243,15 @@ def test_what_is_no_slide_is_refused(tmp_path: Path, kind: str) -> None:
     assert "line" in caught.value.remedy
 
 
+def test_a_manifest_given_as_a_slide_is_named(tmp_path: Path) -> None:
+    """As in ``dataset.path=cases.csv``: no program for slides would read it."""
+    path = tmp_path / "my cases.csv"
+    path.write_text("slide_id,path\na,a.tif\n")
+    with pytest.raises(InputError, match="is a table, not a slide") as caught:
+        open_slide(path, slide_id="T1")
+    assert f"dataset=manifest dataset.manifest='{path}'" in caught.value.remedy
+
+
 @pytest.mark.parametrize(("name", "cause"), [("broken.svs", "format"), ("unopenable.tiff", "compression: 52479")])
 def test_damaged_real_files_are_refused(shared_data: Path, name: str, cause: str) -> None:
     """Files with a slide's extension that OpenSlide cannot open are refused with its reason."""

@@ -189,7 +189,8 @@ def _graph(classifier: Classifier, config: RunConfig) -> tuple[DenseFacts | None
     if facts.window_macs / stride_px**2 <= facts.dense_macs_px:
         return None, f"{_ONE_BY_ONE}: at stride {stride_px} they share too little"
     around = ", means over a window are taken around every place" if facts.local else ""
-    return facts, f"blocks are run whole, a score every {facts.grid_px} px{around}"
+    kept = f", of which those {stride_px} px apart are kept" if facts.grid_px != stride_px else ""
+    return facts, f"blocks are run whole, a score every {facts.grid_px} px{kept}{around}"
 
 
 def _with_maps(facts: DenseFacts, classifier: Classifier, stride_px: int) -> DenseFacts:

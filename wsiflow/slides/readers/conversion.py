@@ -32,6 +32,7 @@ _BY_VENDOR = {
     ".mdsx": "Motic",
     ".afi": "Aperio's list of fluorescence images",
 }
+_TABLES = (".csv", ".tsv")
 _KNOWN_STARTS = {
     **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8"), ("an ordinary image of another name", "")),
     b"%PDF": ("", ".pdf"),
@@ -97,6 +98,9 @@ def unknown_file(path: Path) -> InputError:
         return InputError(cause, "copy the folder too", path=path)
     if path.is_dir():
         return InputError("the folder is not a slide", "name the slide itself, or remove its line", path=path)
+    if path.suffix.lower() in _TABLES:
+        remedy = f"name the slide itself; slides are listed by dataset=manifest dataset.manifest={_quoted(path)}"
+        return InputError("the file is a table, not a slide", remedy, path=path)
     with path.open("rb") as stream:
         start = stream.read(24)
     what, suffix = next((known for begin, known in _KNOWN_STARTS.items() if start.startswith(begin)), ("", ""))
