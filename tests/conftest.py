@@ -44,6 +44,9 @@ _LONGEST = (
     "dask",
     "experiments",
     "docs_commands",
+    "slurm_site",
+    "packaging",
+    "site",
 )
 
 
