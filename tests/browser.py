@@ -165,7 +165,7 @@ def chromium(home: Path, *, size_px: tuple[int, int] = (1600, 1200)) -> Iterator
     log = (home.parent / "chromium.log").open("wb")
     process = subprocess.Popen(command, env={**environment, "HOME": str(home)}, stdout=log, stderr=log)
     try:
-        with connect(_tab_address(home), max_size=None, proxy=None) as socket:
+        with connect(_tab_address(home), max_size=None, proxy=None, ping_interval=None) as socket:  # it may be busy
             yield Tab(socket)
     finally:
         process.kill()  # with its children; nothing of it is kept
