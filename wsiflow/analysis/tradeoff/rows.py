@@ -12,10 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsiflow.analysis.runs import (
-    FinishedRun,
-    RunSelection,
-)
+from wsiflow.analysis.runs import FinishedRun, RunSelection
 from wsiflow.analysis.tradeoff.settings import Group, common_settings, group_runs, is_named
 from wsiflow.analysis.tradeoff.values import NOT_MEASURED, CoreHours, SettingRow, Tradeoff, Verdict, title
 from wsiflow.errors import InputError

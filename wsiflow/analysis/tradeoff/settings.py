@@ -10,10 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsiflow.analysis.runs import (
-    FinishedRun,
-    natural_key,
-)
+from wsiflow.analysis.runs import FinishedRun, natural_key
 from wsiflow.errors import InputError
 from wsiflow.evaluation import matches
 
