@@ -309,12 +309,15 @@ def _check_kind(
         InputError: The outputs are of another kind.
     """
     sum_to_one = outputs.shape[1] > 1 and bool(((outputs.sum(1) - 1).abs() < SUM_TOLERANCE).all())
-    are_shares = _are_shares(outputs) and (sum_to_one or _stay_shares(classifier, batches))
+    far = _far_outputs(classifier, batches)
+    are_shares = _are_shares(outputs) and (sum_to_one or _are_shares(far))
     if card.output == "probabilities" and not are_shares:
         cause = "the model's outputs are no probabilities: they are not always from 0 to 1"
         remedy = "say that they are logits or sigmoid (output in the card, --output of wsiflow model add)"
         raise InputError(cause, remedy, path=path)
-    if card.output != "probabilities" and are_shares:
+    # A network that hardly depends on its pixels, as one that was not trained, has logits from 0 to 1 by chance.
+    are_plain = are_shares and (sum_to_one or float((far - 0.5).abs().max()) > 0.5 - _NEAR)
+    if card.output != "probabilities" and are_plain:
         cause = f"the model's outputs are probabilities already: they are always from 0 to 1, not {card.output}"
         remedy = "say that they are probabilities (output in the card, --output of wsiflow model add)"
         raise InputError(cause, remedy, path=path)
@@ -324,16 +327,12 @@ def _are_shares(outputs: torch.Tensor) -> bool:
     return bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
-def _stay_shares(classifier: Classifier, batches: Sequence[NDArray[np.uint8]]) -> bool:
-    """Return whether outputs come near 0 or 1, and never beyond, for pixels as no slide has them.
-
-    A network that hardly depends on its pixels, as one that was not trained, has logits from 0 to 1 by chance.
-    """
+def _far_outputs(classifier: Classifier, batches: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    """Return the outputs for pixels as no slide has them, (n, outputs)."""
     with torch.inference_mode():
-        far = torch.cat(
+        return torch.cat(
             [raw_outputs(classifier, normalise(classifier, batch) * scale) for scale in _FAR for batch in batches]
         )
-    return _are_shares(far) and float((far - 0.5).abs().max()) > 0.5 - _NEAR
 
 
 def _check_probe(probe: Probe, answer: NDArray[np.float32], path: Path) -> None:
