@@ -145,6 +145,26 @@ class Halfway(nn.Module):
         return 0.5 + x / 100
 
 
+class Weak(nn.Module):
+    """A sigmoid of logits that hardly depend on the pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(0.2 + x / 1e4)
+
+
+class Faint(nn.Module):
+    """Logits that hardly depend on the pixels, and are from 0 to 1 by chance."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.2 + x / 1e6
+
+
+@pytest.mark.parametrize(("ending", "output"), [(Weak(), "probabilities"), (Faint(), "sigmoid")])
+def test_outputs_that_hardly_depend_on_pixels_are_what_they_are_said_to_be(ending: nn.Module, output: str) -> None:
+    """They come near neither 0 nor 1, whatever the pixels."""
+    assert from_module(Net(1, ending), classes=["a", "b"], output=output, **ABOUT).outputs.kind == output
+
+
 class Batch(nn.Module):
     """Batch norm with the statistics of the batch."""
 
